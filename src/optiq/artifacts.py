@@ -1,0 +1,447 @@
+"""Frozen dataclasses that pass between stages, and their JSON form.
+
+Each artifact is one JSON file. `save` writes it atomically (temporary file, fsync, rename), `load`
+validates it and refuses a schema newer than this version of optiq.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+from optiq.errors import ArtifactMismatch, UsageError
+
+Role = Literal["linear", "embedding", "head", "expert", "router"]
+OptionKind = Literal["affine", "lattice", "keep"]
+Method = Literal["fisher", "exact", "static"]
+Rounding = Literal["rtn", "search", "gptq"]
+Scoring = Literal["exact", "ratio", "none"]
+
+BITS = (2, 3, 4, 5, 6, 8)
+GROUP_SIZES = (32, 64, 128)
+LATTICE_GROUP_SIZE = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class ModuleInfo:
+    """One matrix that can be quantized.
+
+    Attributes:
+        path: module path in the model tree, without `.weight`.
+        role: what the matrix does; `embedding` with `tied` is also the head.
+        shape: shape of the weight, `(out, in)` or `(experts, out, in)`; groups run along `in`.
+        tied: the embedding is also the output head.
+        active: share of the module's weights read for one token (experts: top_k / experts; untied
+            embedding: ~0).
+    """
+
+    path: str
+    role: Role
+    shape: tuple[int, ...]
+    tied: bool = False
+    active: float = 1.0
+
+    @property
+    def in_dims(self) -> int:
+        """Length of a row, along which groups run."""
+        return self.shape[-1]
+
+    @property
+    def num_params(self) -> int:
+        """Number of weights."""
+        return functools.reduce(lambda a, b: a * b, self.shape, 1)
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class QuantOption:
+    """One way to store a matrix.
+
+    Attributes:
+        kind: `affine` codes, `lattice` (affine 4/32 with the grid the weights lie on), or `keep`
+            (source dtype).
+        bits: bits of a code; 16 for `keep`.
+        group_size: weights that share a scale and bias; 0 for `keep`.
+    """
+
+    kind: OptionKind
+    bits: int
+    group_size: int
+
+    @property
+    def key(self) -> str:
+        """Short name: `4/64`, `lattice` or `keep`."""
+        return self.kind if self.kind != "affine" else f"{self.bits}/{self.group_size}"
+
+    def size_bytes(self, shape: tuple[int, ...], itemsize: int) -> int:
+        """Stored bytes of a matrix: codes, scales and biases.
+
+        Args:
+            shape: weight shape, groups along the last axis.
+            itemsize: bytes of one scale, bias or kept weight (2 for bfloat16 and float16).
+        """
+        num_params = functools.reduce(lambda a, b: a * b, shape, 1)
+        if self.kind == "keep":
+            return num_params * itemsize
+        return num_params * self.bits // 8 + 2 * itemsize * (num_params // self.group_size)
+
+    @classmethod
+    def parse(cls, text: str) -> QuantOption:
+        """Read `4/64`, `lattice`, `keep` or `bf16` (keep in the source dtype).
+
+        Raises:
+            UsageError: for anything else.
+        """
+        if text in {"keep", "bf16"}:
+            return KEEP
+        if text == "lattice":
+            return LATTICE
+        bits, slash, group = text.partition("/")
+        if slash and bits.isdigit() and group.isdigit():
+            option = cls("affine", int(bits), int(group))
+            if option.bits in BITS and option.group_size in GROUP_SIZES:
+                return option
+        raise UsageError(
+            f"'{text}' is no quantization option: give BITS/GROUP with bits {list(BITS)} and group "
+            f"{list(GROUP_SIZES)}, or 'bf16' (keep), or 'lattice'"
+        )
+
+
+KEEP = QuantOption("keep", 16, 0)
+LATTICE = QuantOption("lattice", 4, LATTICE_GROUP_SIZE)
+
+
+def menu(in_dims: int) -> tuple[QuantOption, ...]:
+    """Affine options that a row of `in_dims` weights can take, smallest bits first."""
+    return tuple(
+        QuantOption("affine", bits, group)
+        for bits in BITS
+        for group in sorted(GROUP_SIZES, reverse=True)
+        if in_dims % group == 0
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceInfo:
+    """What a stage needs to know of the source without opening it.
+
+    Attributes:
+        name: directory, hub id or GGUF file as the user gave it.
+        revision: commit of a hub source, else None.
+        fingerprint: hash over shard names, sizes and headers, config and tokenizer.
+        model_type: `model_type` of config.json.
+        dtype: dtype of the weights, which scales and biases take: bfloat16, float16 or float32.
+        size_bytes: bytes of the source's weight files.
+        fixed_bytes: bytes of tensors that are never quantized (norms, biases, buffers).
+    """
+
+    name: str
+    revision: str | None
+    fingerprint: str
+    model_type: str
+    dtype: str
+    size_bytes: int
+    fixed_bytes: int
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one value of `dtype`."""
+        return 4 if self.dtype == "float32" else 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Provenance:
+    """Versions and machine that made an artifact.
+
+    Holds no time, so that equal runs give equal files.
+    """
+
+    optiq: str
+    mlx: str
+    mlx_lm: str
+    device: str
+    blas: str
+
+
+@dataclasses.dataclass(frozen=True)
+class LatticeReport:
+    """What the grid search found in one matrix.
+
+    Attributes:
+        kind: `q4_0` (bias = -8 scale), `affine` (scale and bias per block) or `none`.
+        exact: every value is reproduced after rounding to the source dtype.
+        blocks: share of blocks on the grid, 0..1.
+        residual: largest distance from the grid in units of the block's scale.
+    """
+
+    kind: Literal["q4_0", "affine", "none"]
+    exact: bool
+    blocks: float
+    residual: float
+
+
+@dataclasses.dataclass(frozen=True)
+class OptionScore:
+    """Cost in quality and bytes of one option for one module.
+
+    Attributes:
+        option: the option.
+        kl_nats_per_token: KL(source || source with only this module quantized so).
+        stderr: standard error of that, clustered by sequence.
+        size_bytes: stored bytes.
+        scoring: `exact` (scored with the rounded weights themselves), `ratio` (min/max score times
+            the ratio of weighted errors on sampled rows) or `none` (static method).
+    """
+
+    option: QuantOption
+    kl_nats_per_token: float
+    stderr: float
+    size_bytes: int
+    scoring: Scoring
+
+
+@dataclasses.dataclass(frozen=True)
+class ModuleScores:
+    """All options of one module."""
+
+    module: ModuleInfo
+    scores: tuple[OptionScore, ...]
+    lattice: LatticeReport
+
+    def score(self, option: QuantOption) -> OptionScore:
+        """The score of an option.
+
+        Raises:
+            ArtifactMismatch: if the table has no such option.
+        """
+        for score in self.scores:
+            if score.option == option:
+                return score
+        raise ArtifactMismatch(
+            f"{self.module.path} was not measured at '{option.key}'; it has "
+            f"{[s.option.key for s in self.scores]}"
+        )
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file so that it is whole or absent: temporary name, fsync, rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _adapter(cls: Any) -> Any:  # noqa: ANN401
+    from pydantic import TypeAdapter  # noqa: PLC0415  0.1 s, only when JSON is read
+
+    return TypeAdapter(cls)
+
+
+class Artifact:
+    """Mixin: JSON form of a frozen dataclass with a schema version."""
+
+    schema: ClassVar[str]
+    schema_version: int
+
+    def to_json(self) -> str:
+        """JSON text, keys in field order, ending in a newline."""
+        text: str = _adapter(type(self)).dump_json(self, indent=1).decode()
+        return (
+            json.dumps({"schema": self.schema} | json.loads(text), indent=1, ensure_ascii=False)
+            + "\n"
+        )
+
+    def save(self, path: Path) -> None:
+        """Write atomically."""
+        write_atomic(path, self.to_json().encode())
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read and validate.
+
+        Raises:
+            UsageError: if the file is missing or no JSON.
+            ArtifactMismatch: if it is another artifact, of a newer schema, or does not validate.
+        """
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UsageError(
+                f"{path} does not exist; give the path of a {cls.schema} file"
+            ) from None
+        except (ValueError, OSError) as error:
+            raise UsageError(f"{path} cannot be read as JSON ({error}); make it again") from None
+        return cls.from_dict(data, str(path))
+
+    @classmethod
+    def from_dict(cls, data: object, where: str) -> Self:
+        """Validate parsed JSON; `where` names it in errors."""
+        if not isinstance(data, dict) or data.pop("schema", None) != cls.schema:
+            raise ArtifactMismatch(f"{where} is no {cls.schema} artifact of optiq")
+        version = data.get("schema_version")
+        if not isinstance(version, int) or version > cls.schema_version:
+            raise ArtifactMismatch(
+                f"{where} has schema version {version}, this optiq reads up to "
+                f"{cls.schema_version}; update optiq"
+            )
+        try:
+            result: Self = _adapter(cls).validate_python(data)
+        except ValueError as error:
+            summary = " ".join(str(error).splitlines()[:3])
+            raise ArtifactMismatch(f"{where} does not validate: {summary}") from None
+        return result
+
+
+@dataclasses.dataclass(frozen=True)
+class SensitivityTable(Artifact):
+    """KL of every option of every module; serves every later target.
+
+    Attributes:
+        source: the source that was measured.
+        method: how; `fisher` (streamed sketch), `exact` (one at a time) or `static` (no data).
+        reference: `source`, or `uniform4` for comparison with published quants.
+        rounding: the rounding that the scores assume; convert must use the same.
+        modules: scores by module, in model order.
+        num_tokens: calibration tokens.
+        num_probes: sequences x draws of the sketch, 0 for other methods.
+        calibration: name and hash of the calibration text.
+        checks: reliability figures, such as `split_half`, `verify_spearman`, `verify_ratio`.
+        provenance: versions and machine.
+    """
+
+    schema: ClassVar[str] = "optiq.sensitivity"
+    source: SourceInfo
+    method: Method
+    reference: Literal["source", "uniform4"]
+    rounding: Rounding
+    modules: tuple[ModuleScores, ...]
+    num_tokens: int
+    num_probes: int
+    calibration: str
+    checks: dict[str, float]
+    provenance: Provenance
+    schema_version: int = 1
+
+    @property
+    def num_params(self) -> int:
+        """Weights of all modules that can be quantized."""
+        return sum(m.module.num_params for m in self.modules)
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanEntry:
+    """The option chosen for one module."""
+
+    path: str
+    role: Role
+    shape: tuple[int, ...]
+    option: QuantOption
+    size_bytes: int
+    kl_nats_per_token: float
+
+
+@dataclasses.dataclass(frozen=True)
+class BitPlan(Artifact):
+    """Bits per module under a budget.
+
+    Attributes:
+        source: the source the plan is for.
+        entries: one per module, in model order.
+        target: what was asked, for instance `4.5 bpw`.
+        rounding: the rounding that convert must use.
+        bpw: stored bits per weight over the entries.
+        size_bytes: stored bytes of the entries.
+        model_bytes: predicted bytes of `model*.safetensors`, headers included.
+        predicted_kl: sum of the entries' KL, in nats per token.
+        gap: certified bound on (predicted_kl - optimum) / optimum.
+    """
+
+    schema: ClassVar[str] = "optiq.plan"
+    source: SourceInfo
+    entries: tuple[PlanEntry, ...]
+    target: str
+    rounding: Rounding
+    bpw: float
+    size_bytes: int
+    model_bytes: int
+    predicted_kl: float
+    gap: float
+    schema_version: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class DomainFidelity:
+    """Fidelity on one domain of the held-out text."""
+
+    domain: str
+    kl_nats_per_token: float
+    kl_se: float
+    top1_agreement: float
+    num_tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Fidelity(Artifact):
+    """Agreement of a quantized model with its source on held-out text.
+
+    Attributes:
+        model: directory that was judged.
+        against: the source.
+        text: name and hash of the held-out text.
+        window: tokens of a window.
+        num_sequences: windows, the clusters of the standard errors.
+        num_tokens: scored positions.
+        kl_nats_per_token: mean KL(source || model).
+        kl_se: its standard error, clustered by sequence.
+        kl_p99: 99th percentile over positions.
+        top1_agreement: share of positions with the same most likely token, 0..1.
+        perplexity_ratio: perplexity of the model over that of the source.
+        noise_floor: mean KL of the source against itself in its stored precision.
+        bpw: stored bits per weight.
+        size_bytes: bytes of `model*.safetensors`.
+        by_domain: the same by domain.
+    """
+
+    schema: ClassVar[str] = "optiq.fidelity"
+    model: str
+    against: str
+    text: str
+    window: int
+    num_sequences: int
+    num_tokens: int
+    kl_nats_per_token: float
+    kl_se: float
+    kl_p99: float
+    top1_agreement: float
+    perplexity_ratio: float
+    noise_floor: float
+    bpw: float
+    size_bytes: int
+    by_domain: tuple[DomainFidelity, ...]
+    provenance: Provenance
+    schema_version: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Speed(Artifact):
+    """Speed of a model directory on one machine (`optiq bench`)."""
+
+    schema: ClassVar[str] = "optiq.speed"
+    model: str
+    prompt_tokens: int
+    new_tokens: int
+    repeats: int
+    prefill_tps: float
+    decode_tps: float
+    peak_memory_bytes: int
+    provenance: Provenance
+    schema_version: int = 1

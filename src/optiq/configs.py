@@ -1,0 +1,181 @@
+"""One frozen dataclass of options per stage.
+
+They are the only source of flags, TOML keys and the options table in the docs: a field made by
+`option` carries its help text, its flag is `--name-with-dashes`, its TOML key the field name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from optiq.artifacts import BITS, Method, QuantOption, Rounding
+from optiq.errors import UsageError
+
+Effort = Literal["quick", "standard", "thorough"]
+
+_UNITS = {
+    "": 1,
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+}
+
+
+def option(default: Any, help_text: str, **metadata: Any) -> Any:  # noqa: ANN401  a dataclass field, like dataclasses.field
+    """A dataclass field with help text; `metadata` may hold `metavar`."""
+    return dataclasses.field(default=default, metadata={"help": help_text, **metadata})
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `8.3GB` (10^9), `7.7GiB` (2^30) or a plain number.
+
+    Raises:
+        UsageError: for anything else.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if match is None or match[2].lower() not in _UNITS:
+        raise UsageError(f"'{text}' is no size; write 90MB, 8.3GB or 7.7GiB")
+    return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+def _positive(value: float | None, name: str) -> None:
+    if value is not None and not (math.isfinite(value) and value > 0):
+        raise UsageError(f"{name} must be a positive number, not {value}")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Options every long verb takes."""
+
+    work: Path | None = option(
+        None, "Work directory for intermediate state; default: in the user cache, by source."
+    )
+    memory_limit: str | None = option(
+        None, "Refuse to start when more memory would be needed, e.g. 8GB."
+    )
+    offline: bool = option(False, "Use no network: hub sources must be in the cache.")
+    revision: str | None = option(None, "Branch, tag or commit of a hub source.")
+    tokenizer: Path | None = option(
+        None, "Directory with the tokenizer, where the source has none or no merges."
+    )
+    dry_run: bool = option(False, "Print the preflight (time, memory, disk, device) and stop.")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeasureConfig:
+    """How sensitivity is measured."""
+
+    method: Method = option(
+        "fisher", "fisher: streamed sketch; exact: one module at a time; static: no data."
+    )
+    reference: Literal["source", "uniform4"] = option(
+        "source",
+        "Model whose output counts as right; uniform4 is for comparison with published quants.",
+    )
+    effort: Effort = option("standard", "Tokens and probes: quick, standard or thorough.")
+    rounding: Rounding = option(
+        "gptq", "Rounding that options are scored with and convert uses: rtn, search, gptq."
+    )
+    calibration: Path | None = option(
+        None, "JSON lines of text or messages, used in place of the built-in corpus."
+    )
+    extend_calibration: bool = option(
+        False, "Add --calibration to the built-in corpus instead of replacing it."
+    )
+    seed: int = option(0, "Seed of the probes and of the choice of windows.")
+    verify: bool = option(
+        False, "Check the table by brute force on a random sample of module x option pairs."
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class AllocateConfig:
+    """The budget and what restricts the choice of bits. Default target: 5.0 bpw."""
+
+    target_bpw: float | None = option(
+        None, "Stored bits per weight, scales and biases included. Default 5.0."
+    )
+    target_size: str | None = option(None, "Bytes of model*.safetensors, e.g. 8.3GB.")
+    target_kl: float | None = option(
+        None, "Largest KL in nats per token, checked after converting."
+    )
+    pin: tuple[str, ...] = option(
+        (), "GLOB=BITS/GROUP, GLOB=bf16 or GLOB=lattice; may be repeated.", metavar="GLOB=OPTION"
+    )
+    min_bits: int = option(2, "Fewest bits of a code for any module.")
+    free_routers: bool = option(False, "Lift the floor of 8 bits for routers and gates.")
+    objective: Literal["size", "speed"] = option(
+        "size", "speed also weighs bytes read per token and kernel speed."
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse two targets and values out of range."""
+        given = [
+            n for n in ("target_bpw", "target_size", "target_kl") if getattr(self, n) is not None
+        ]
+        if len(given) > 1:
+            flags = ", ".join("--" + name.replace("_", "-") for name in given)
+            raise UsageError(f"give one target, not {len(given)}: {flags}")
+        _positive(self.target_bpw, "--target-bpw")
+        _positive(self.target_kl, "--target-kl")
+        if self.target_size is not None and parse_size(self.target_size) <= 0:
+            raise UsageError(f"--target-size must be positive, not '{self.target_size}'")
+        if self.min_bits not in BITS:
+            raise UsageError(f"--min-bits must be one of {list(BITS)}, not {self.min_bits}")
+        for pin in self.pin:
+            pattern, equals, choice = pin.partition("=")
+            if not (pattern and equals):
+                raise UsageError(f"--pin '{pin}' is not GLOB=OPTION, e.g. '*.down_proj=6/64'")
+            QuantOption.parse(choice)
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvertConfig:
+    """Where the model goes and which artifacts to start from."""
+
+    sensitivity: Path | None = option(None, "Use this sensitivity.json instead of measuring.")
+    plan: Path | None = option(None, "Use this plan.json instead of allocating.")
+    force: bool = option(False, "Replace an output directory that optiq wrote before.")
+
+
+@dataclasses.dataclass(frozen=True)
+class JudgeConfig:
+    """How fidelity is judged."""
+
+    text: Path | None = option(
+        None, "JSON lines of held-out text or messages; default: the built-in held-out corpus."
+    )
+    window: int = option(256, "Tokens of a window.")
+    max_windows: int | None = option(
+        None, "Judge at most this many windows, drawn evenly over the domains."
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse windows too short to score."""
+        if self.window < 16:
+            raise UsageError(f"--window must be at least 16 tokens, not {self.window}")
+        if self.max_windows is not None and self.max_windows < 2:
+            raise UsageError(f"--max-windows must be at least 2, not {self.max_windows}")
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchConfig:
+    """What `optiq bench` times."""
+
+    prompt_tokens: int = option(512, "Tokens of the prompt.")
+    new_tokens: int = option(64, "Tokens to generate.")
+    repeats: int = option(3, "Runs; the median is reported.")
+
+    def __post_init__(self) -> None:
+        """Refuse empty runs."""
+        for name in ("prompt_tokens", "new_tokens", "repeats"):
+            _positive(getattr(self, name), "--" + name.replace("_", "-"))

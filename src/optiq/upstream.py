@@ -1,0 +1,88 @@
+"""The one door to mlx-lm (pinned to 0.32.x).
+
+Nothing of it is replaced; only public functions and classes are used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+from mlx_lm import stream_generate
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+from mlx_lm.sample_utils import make_sampler
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.utils import _get_classes, load_config, load_model, load_tokenizer
+
+from optiq.backend import mx, nn
+from optiq.errors import UnsupportedModel
+
+__all__ = [
+    "QuantizedSwitchLinear",
+    "SwitchLinear",
+    "TokenizerWrapper",
+    "build_model",
+    "generate_text",
+    "load_config",
+    "load_quantized",
+    "tokenizer_of",
+]
+
+
+def build_model(config: dict[str, Any]) -> nn.Module:
+    """The module tree of a config, with mlx-lm's own (random, unevaluated) parameters.
+
+    Raises:
+        UnsupportedModel: if mlx-lm has no such `model_type`, or the config lacks what it needs.
+    """
+    if config.get("model_file") is not None:
+        raise UnsupportedModel(
+            f"the source asks to run its own code ({config['model_file']!r}); optiq never runs "
+            f"remote code"
+        )
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        raise UnsupportedModel("config.json has no model_type; give a Hugging Face model directory")
+    try:
+        model_class, args_class = _get_classes(config)
+    except ValueError:
+        raise UnsupportedModel(
+            f"model_type '{model_type}' is not supported by the installed mlx-lm; update mlx-lm "
+            f"or use another source"
+        ) from None
+    try:
+        return cast(nn.Module, model_class(args_class.from_dict(config)))
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        raise UnsupportedModel(
+            f"config.json of model_type '{model_type}' is not complete: {error}"
+        ) from None
+
+
+def load_quantized(path: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """Model and config of an MLX directory as stock mlx-lm loads it, weights unevaluated."""
+    model, config = load_model(path, lazy=True)
+    return model, config
+
+
+def tokenizer_of(path: Path, config: dict[str, Any]) -> TokenizerWrapper:
+    """Tokenizer of a directory, with the eos ids of its config."""
+    return cast(TokenizerWrapper, load_tokenizer(path, eos_token_ids=config.get("eos_token_id")))
+
+
+def generate_text(
+    model: nn.Module,
+    tokenizer: TokenizerWrapper,
+    prompt: list[int],
+    max_tokens: int,
+    temperature: float,
+) -> Iterator[Any]:
+    """Stream of mlx-lm's generation responses.
+
+    Each has `text`, `token`, `prompt_tps`, `generation_tps` and, at the end, `finish_reason`.
+    """
+    sampler = make_sampler(temp=temperature)
+    return cast(
+        Iterator[Any],
+        stream_generate(model, tokenizer, mx.array(prompt), max_tokens=max_tokens, sampler=sampler),
+    )
