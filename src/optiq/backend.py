@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import time
+
 from optiq import blas
 
 import mlx.core as mx  # isort: skip  after the BLAS, on purpose
 import mlx.nn as nn  # isort: skip
+from mlx.utils import tree_flatten  # isort: skip
 
-__all__ = ["BLAS", "compute_dtype", "is_cpu", "mx", "nn"]
+__all__ = [
+    "BLAS",
+    "compute_dtype",
+    "device_name",
+    "gflops",
+    "is_cpu",
+    "memory_bytes",
+    "mx",
+    "nn",
+    "tree_flatten",
+]
 
 BLAS = blas.NAME
 
@@ -20,3 +34,31 @@ def is_cpu() -> bool:
 def compute_dtype(source: mx.Dtype) -> mx.Dtype:
     """Dtype of activations: float32 on the CPU, where half precision accumulates badly."""
     return mx.float32 if is_cpu() else source
+
+
+def device_name() -> str:
+    """The device MLX computes on, by name: `cpu: AMD EPYC`."""
+    kind = "cpu" if is_cpu() else "gpu"
+    return f"{kind}: {mx.device_info().get('device_name', 'unknown')}"
+
+
+def memory_bytes() -> int:
+    """Memory of the device that MLX computes on: of the GPU if it has its own, else of the host."""
+    own = None if is_cpu() else mx.device_info().get("total_memory")
+    return int(own) if own else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def gflops(size: int = 1024, seconds: float = 0.5) -> float:
+    """Measured speed of square float32 matrix products, in 10^9 operations a second.
+
+    Args:
+        size: rows and columns of the matrices.
+        seconds: how long to measure, after one product to warm up; at least one more is timed.
+    """
+    a, b = mx.random.normal((2, size, size))
+    mx.eval(a @ b)
+    products, start = 0, time.perf_counter()
+    while (elapsed := time.perf_counter() - start) < seconds or products == 0:
+        mx.eval(a @ b)
+        products += 1
+    return 2 * size**3 * products / elapsed / 1e9

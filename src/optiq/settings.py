@@ -18,12 +18,14 @@ class Settings:
             library to load.
         offline: `OPTIQ_OFFLINE` or `HF_HUB_OFFLINE` is set to a true value; no network is used.
         hub_endpoint: `HF_ENDPOINT`; another hub, for instance a mirror.
+        debug: `OPTIQ_DEBUG` is set to a true value; the command line shows tracebacks.
     """
 
     cache_dir: Path
     blas: str
     offline: bool
     hub_endpoint: str | None
+    debug: bool
 
 
 def _flag(name: str) -> bool:
@@ -39,4 +41,5 @@ def load() -> Settings:
         blas=os.environ.get("OPTIQ_BLAS", "auto"),
         offline=_flag("OPTIQ_OFFLINE") or _flag("HF_HUB_OFFLINE"),
         hub_endpoint=os.environ.get("HF_ENDPOINT") or None,
+        debug=_flag("OPTIQ_DEBUG"),
     )

@@ -14,11 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mlx.utils import tree_flatten
-
 from optiq import hub, settings
 from optiq.artifacts import ModuleInfo, SourceInfo
-from optiq.backend import mx, nn
+from optiq.backend import mx, nn, tree_flatten
 from optiq.configs import RunConfig
 from optiq.errors import UnsupportedModel, UsageError
 from optiq.events import Emit, Notice, no_emit

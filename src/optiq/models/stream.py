@@ -158,9 +158,9 @@ class StreamedModel:
         self.source, self.tokens, self.work = source, tokens, work
         self.dtype = compute_dtype(source.dtype)
         self._overrides = overrides
-        self._model = source.model()
-        self._model.train()  # expert indices are kept out of the gradient only in training mode
-        self.prefix, self._list = _block_list(self._model)
+        self.model = source.model()
+        self.model.train()  # expert indices are kept out of the gradient only in training mode
+        self.prefix, self._list = _block_list(self.model)
         self._blocks = list(self._list)
         self.num_blocks = len(self._blocks)
         self.calls: list[BlockCall] = []
@@ -207,8 +207,8 @@ class StreamedModel:
 
     def load_ends(self) -> nn.Module:
         """The model with everything outside its blocks in memory: embeddings, norms and head."""
-        self._load(self._model, "", lambda name: not name.startswith(f"{self.prefix}."))
-        return self._model
+        self._load(self.model, "", lambda name: not name.startswith(f"{self.prefix}."))
+        return self.model
 
     def drop_ends(self) -> None:
         """Replace what `load_ends` loaded by lazy arrays."""
@@ -217,7 +217,7 @@ class StreamedModel:
             for name, value in self.source.weights().items()
             if not name.startswith(f"{self.prefix}.")
         ]
-        self._model.load_weights(outside, strict=False)
+        self.model.load_weights(outside, strict=False)
         mx.clear_cache()
 
     # -- driving ---------------------------------------------------------------------------------
@@ -226,7 +226,7 @@ class StreamedModel:
         """Call the model with `drive(index, args, kwargs)` in place of its blocks."""
         self._list[:] = [_Slot(block, i, drive) for i, block in enumerate(self._blocks)]
         try:
-            result: mx.array = self._model(tokens)
+            result: mx.array = self.model(tokens)
         finally:
             self._list[:] = self._blocks
         return result

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import scipy.linalg
 
 from optiq.backend import mx
+
+FloatArray = npt.NDArray[np.float32]
 
 
 def gram(x: mx.array) -> mx.array:
@@ -14,14 +17,15 @@ def gram(x: mx.array) -> mx.array:
     return flat.T @ flat
 
 
-def damped(gram_matrix: mx.array, damping: float) -> mx.array:
+def damped(gram_matrix: FloatArray, damping: float) -> FloatArray:
     """The Gram matrix plus `damping` times its mean diagonal; inputs never seen get that alone."""
-    diagonal = mx.diag(gram_matrix)
-    level = mx.maximum(diagonal.mean(), 1e-12)
-    return gram_matrix + mx.eye(gram_matrix.shape[0]) * (damping * level)
+    result = gram_matrix.copy()
+    diagonal = np.einsum("ii->i", result)
+    diagonal += damping * max(float(diagonal.mean()), 1e-12)
+    return result
 
 
-def inverse_factor(gram_matrix: mx.array, damping: float) -> mx.array:
+def inverse_factor(gram_matrix: FloatArray, damping: float) -> FloatArray:
     """Upper triangular U with (H + damping)^-1 = U^T U: (in, in) float32.
 
     Args:
@@ -34,10 +38,10 @@ def inverse_factor(gram_matrix: mx.array, damping: float) -> mx.array:
         the inverse of its upper factor is U.
     """
     while True:
-        matrix = np.array(damped(gram_matrix, damping), dtype=np.float32)
+        matrix = damped(gram_matrix, damping)
         lower, info = scipy.linalg.lapack.spotrf(matrix[::-1, ::-1], lower=1, clean=1)
         if info == 0:
             break
         damping *= 10
     inverse, _ = scipy.linalg.lapack.strtri(lower, lower=1)
-    return mx.array(np.ascontiguousarray(inverse[::-1, ::-1]))
+    return np.ascontiguousarray(inverse[::-1, ::-1])

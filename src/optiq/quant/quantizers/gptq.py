@@ -4,15 +4,24 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
 from optiq.artifacts import QuantOption
-from optiq.backend import mx
-from optiq.numerics.affine import Grid, encode, grouped
 from optiq.numerics.gram import damped, inverse_factor
-from optiq.quant.quantizers.base import Inputs, Packed, weighted_error
+from optiq.quant.quantizers.base import (
+    FloatArray,
+    Inputs,
+    Packed,
+    nearest,
+    over_rows,
+    weighted_error,
+)
 from optiq.quant.quantizers.search import searched
 
 DAMPING = 0.01
-_BLOCK = 32
+_BLOCK = 64
+_CHUNK_ROWS = 4096
 
 
 class Feedback(NamedTuple):
@@ -20,88 +29,92 @@ class Feedback(NamedTuple):
 
     Attributes:
         order: columns by falling input power, (in,).
-        factor: upper factor of the inverse Gram in that order, (in, in).
+        factor: upper factor of the inverse Gram matrix in that order, (in, in).
     """
 
-    order: mx.array
-    factor: mx.array
+    order: npt.NDArray[np.int64]
+    factor: FloatArray
 
 
-def feedback(gram: mx.array) -> Feedback:
+def feedback(gram: FloatArray) -> Feedback:
     """Order and factor for a Gram matrix; shared by all matrices that read the same inputs.
 
     Cost: one factorization (numerics.gram.inverse_factor).
     """
-    order = mx.argsort(-mx.diag(gram))
+    order = np.argsort(-np.diag(gram), kind="stable")
     return Feedback(order, inverse_factor(gram[order][:, order], DAMPING))
 
 
 def assign(
-    w: mx.array, scales: mx.array, biases: mx.array, levels: mx.array, back: Feedback
-) -> mx.array:
+    w: FloatArray, scales: FloatArray, biases: FloatArray, levels: FloatArray, back: Feedback
+) -> tuple[npt.NDArray[np.uint8], FloatArray]:
     """Codes of every column, chosen in order with the errors of earlier columns fed forward.
 
     Args:
         w: (rows, in) float32.
-        scales: (rows, in) scale of every weight.
-        biases: (rows, in) bias of every weight.
-        levels: largest code, scalar or (rows,), so that rows of several widths run together.
+        scales: (rows, num_groups) scale of every group.
+        biases: (rows, num_groups) bias of every group.
+        levels: (rows,) largest code, so that rows of several widths run together.
         back: order and factor of the inputs.
 
     Returns:
-        (rows, in) float32 whole numbers.
+        (rows, in) uint8 codes, and (rows,) the weighted error d H d^T of each row, which is the
+        sum of the squared steps of the feedback.
 
-    Cost: rows * in^2 multiply-adds, a few array operations a column.
+    Cost: rows * in^2 multiply-adds.
     Reference: GPTQ (arXiv 2210.17323); differs: grids are fixed before, so columns may be taken in
         any order without moving a group.
     """
     order, factor = back
-    rest = w.T[order]
-    s, b = scales.T[order], biases.T[order]
-    inverse = mx.where(s == 0, 0, 1 / mx.where(s == 0, 1, s))
-    codes = []
-    for start in range(0, w.shape[1], _BLOCK):
-        size = min(_BLOCK, w.shape[1] - start)
-        block = rest[:size]
-        errors = []
-        for j in range(size):
-            at = start + j
-            column = block[0]
-            q = mx.clip(mx.round((column - b[at]) * inverse[at]), 0, levels)
-            error = (column - (q * s[at] + b[at])) / factor[at, at]
-            codes.append(q)
-            errors.append(error)
-            if j + 1 < size:
-                block = block[1:] - factor[at, at + 1 : start + size][:, None] * error
-        rest = rest[size:] - factor[start : start + size, start + size :].T @ mx.stack(errors)
-        mx.eval(rest, codes[-size:])
-    return mx.stack(codes)[mx.argsort(order)].T
-
-
-def expand(values: mx.array, group_size: int) -> mx.array:
-    """(rows, num_groups) -> (rows, in): every weight's own scale or bias."""
-    return mx.repeat(values, group_size, axis=-1)
+    group_of = order // (w.shape[1] // scales.shape[1])
+    rest = np.ascontiguousarray(w.T[order])
+    s, b = scales.T[group_of], biases.T[group_of]
+    inverse = np.divide(1, s, out=np.zeros_like(s), where=s != 0)
+    codes = np.empty(rest.shape, np.uint8)
+    errors = np.empty((_BLOCK, w.shape[0]), np.float32)
+    squared = np.zeros(w.shape[0], np.float32)
+    for start in range(0, len(order), _BLOCK):
+        stop = min(start + _BLOCK, len(order))
+        for j in range(start, stop):
+            q = rest[j] - b[j]
+            q *= inverse[j]
+            np.rint(q, out=q)
+            np.clip(q, 0, levels, out=q)
+            codes[j] = q
+            error = errors[j - start]
+            np.multiply(q, s[j], out=error)
+            error += b[j]
+            np.subtract(rest[j], error, out=error)
+            error /= factor[j, j]
+            if j + 1 < stop:
+                rest[j + 1 : stop] -= factor[j, j + 1 : stop, None] * error
+        squared += np.einsum("ij,ij->j", errors[: stop - start], errors[: stop - start])
+        rest[stop:] -= factor[start:stop, stop:].T @ errors[: stop - start]
+    out = np.empty_like(codes)
+    out[order] = codes
+    return np.ascontiguousarray(out.T), squared
 
 
 def quantize_with(
-    w: mx.array, option: QuantOption, inputs: Inputs, dtype: mx.Dtype, back: Feedback
+    w: FloatArray, option: QuantOption, inputs: Inputs, dtype: str, back: Feedback
 ) -> Packed:
-    """GPTQ with a given factor; a row keeps the searched codes where these are better."""
-    grid = searched(w, option, inputs, dtype)
-    nearest = encode(grouped(w, option.group_size), grid, option.bits)
-    levels = mx.array(float(2**option.bits - 1))
-    size = option.group_size
-    codes = assign(w, expand(grid.scales, size), expand(grid.biases, size), levels, back)
-    fed = Packed(grouped(codes, size), grid, option.bits)
-    plain = Packed(nearest, grid, option.bits)
+    """GPTQ with a given factor; a row keeps the nearest codes where these are better."""
+    scales, biases = searched(w, option, inputs, dtype)
+    plain = nearest(w, scales, biases, option)
     gram = damped(inputs.gram, DAMPING)
-    better = weighted_error(w, fed.weights(), gram) <= weighted_error(w, plain.weights(), gram)
-    return Packed(mx.where(better[:, None, None], fed.codes, plain.codes), grid, option.bits)
+
+    def work(rows: slice) -> npt.NDArray[np.uint8]:
+        part = w[rows]
+        levels = np.full(part.shape[0], 2**option.bits - 1, np.float32)
+        codes, error = assign(part, scales[rows], biases[rows], levels, back)
+        before = Packed(plain.codes[rows], scales[rows], biases[rows])
+        better = error <= weighted_error(part, before.weights(), gram)
+        return np.where(better[:, None], codes, before.codes)
+
+    parts = over_rows(w.shape[0], _CHUNK_ROWS, work)
+    return Packed(np.concatenate(parts), scales, biases)
 
 
-def quantize(w: mx.array, option: QuantOption, inputs: Inputs, dtype: mx.Dtype) -> Packed:
+def quantize(w: FloatArray, option: QuantOption, inputs: Inputs, dtype: str) -> Packed:
     """Searched grids, then codes with error feedback over the whole row."""
     return quantize_with(w, option, inputs, dtype, feedback(inputs.gram))
-
-
-__all__ = ["Feedback", "Grid", "assign", "expand", "feedback", "quantize", "quantize_with"]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from optiq.artifacts import QuantOption
-from optiq.backend import mx
-from optiq.numerics.affine import encode, grouped, minmax_grid
-from optiq.quant.quantizers.base import Inputs, Packed
+from optiq.quant.quantizers.base import (
+    FloatArray,
+    Inputs,
+    Packed,
+    minmax_grid,
+    nearest,
+)
 
 
-def quantize(w: mx.array, option: QuantOption, inputs: Inputs, dtype: mx.Dtype) -> Packed:  # noqa: ARG001  needs no inputs
+def quantize(w: FloatArray, option: QuantOption, inputs: Inputs, dtype: str) -> Packed:  # noqa: ARG001  needs no inputs
     """The grid of `mx.quantize`; codes are nearest on the grid as stored, not as computed."""
-    groups = grouped(w, option.group_size)
-    grid = minmax_grid(groups, option.bits, dtype)
-    return Packed(encode(groups, grid, option.bits), grid, option.bits)
+    groups = w.reshape(w.shape[0], -1, option.group_size)
+    return nearest(w, *minmax_grid(groups, option.bits, dtype), option)

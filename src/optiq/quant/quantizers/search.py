@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from optiq.artifacts import QuantOption
-from optiq.backend import mx
-from optiq.numerics.affine import Grid, decode, encode, grouped, minmax_grid, stored
-from optiq.quant.quantizers.base import Inputs, Packed
+import numpy as np
 
-_CHUNK = 1 << 20
+from optiq.artifacts import QuantOption
+from optiq.quant.quantizers.base import (
+    FloatArray,
+    Inputs,
+    Packed,
+    encode,
+    minmax_grid,
+    nearest,
+    over_rows,
+    stored,
+)
+
+_CHUNK_WEIGHTS = 1 << 17
+_FITS = 2
 _SHRINK = {
     2: (1.0, 0.9, 0.8, 0.7, 0.6, 0.5),
     3: (1.0, 0.93, 0.86, 0.79, 0.72, 0.65),
@@ -18,24 +28,43 @@ _SHRINK = {
 }
 
 
-def _fit(groups: mx.array, h: mx.array, codes: mx.array, dtype: mx.Dtype) -> Grid:
-    """Weighted least squares of weights on codes; the bias is fitted again to the stored scale."""
-    total = mx.broadcast_to(h.sum(axis=-1), codes.shape[:-1])
-    hq, hw = h * codes, h * groups
-    mean_q, mean_w = hq.sum(axis=-1) / total, hw.sum(axis=-1) / total
-    var = (hq * codes).sum(axis=-1) / total - mean_q * mean_q
-    cov = (hq * groups).sum(axis=-1) / total - mean_q * mean_w
-    scale = stored(mx.where(var > 1e-9, cov / mx.maximum(var, 1e-9), 0), dtype)
-    return Grid(scale, stored(mean_w - scale * mean_q, dtype))
+class _Weighted:
+    """Groups with the weights of their errors, and the sums that do not change during the search."""
+
+    def __init__(self, groups: FloatArray, h: FloatArray) -> None:
+        self.groups = groups
+        self.h = np.ascontiguousarray(np.broadcast_to(h, groups.shape))
+        self.total = self.h.sum(axis=-1)
+        self.hw = self.h * groups
+        self.mean = self.hw.sum(axis=-1) / self.total
+
+    def error(self, codes: FloatArray, scale: FloatArray, bias: FloatArray) -> FloatArray:
+        """Weighted squared error of every group; overwrites the codes."""
+        codes *= scale[..., None]
+        codes += bias[..., None]
+        codes -= self.groups
+        codes *= codes
+        result: FloatArray = np.einsum("...j,...j->...", codes, self.h)
+        return result
+
+    def fit(self, codes: FloatArray, dtype: str) -> tuple[FloatArray, FloatArray]:
+        """Weighted least squares of weights on codes; the bias is fitted to the stored scale."""
+        mean_q = np.einsum("...j,...j->...", codes, self.h) / self.total
+        mean_qw = np.einsum("...j,...j->...", codes, self.hw) / self.total
+        mean_qq = np.einsum("...j,...j,...j->...", codes, codes, self.h) / self.total
+        var = np.maximum(mean_qq - mean_q * mean_q, 0)
+        cov = mean_qw - mean_q * self.mean
+        scale = np.divide(cov, var, out=np.zeros_like(cov), where=var > 1e-9)
+        scale = stored(scale, dtype)
+        return scale, stored(self.mean - scale * mean_q, dtype)
 
 
-def _error(groups: mx.array, h: mx.array, grid: Grid, bits: int) -> mx.array:
-    d = groups - decode(encode(groups, grid, bits), grid)
-    return (h * d * d).sum(axis=-1)
+def search_grid(
+    groups: FloatArray, h: FloatArray, bits: int, dtype: str
+) -> tuple[FloatArray, FloatArray]:
+    """Scale and bias with the least weighted squared error of those tried.
 
-
-def search_grid(groups: mx.array, h: mx.array, bits: int, dtype: mx.Dtype) -> Grid:
-    """Grid with the least weighted squared error of those tried, never worse than min/max.
+    The min/max grid is among them, so the result is never worse than that.
 
     Args:
         groups: (rows, num_groups, group_size) float32.
@@ -45,41 +74,38 @@ def search_grid(groups: mx.array, h: mx.array, bits: int, dtype: mx.Dtype) -> Gr
 
     Cost: some 15 passes over the weights for each of 2 to 6 ranges.
     """
-    grid = minmax_grid(groups, bits, dtype)
-    best = _error(groups, h, grid, bits)
+    data = _Weighted(groups, h)
+    scales, biases = minmax_grid(groups, bits, dtype)
+    best = data.error(encode(groups, scales, biases, bits), scales, biases)
     high, low = groups.max(axis=-1), groups.min(axis=-1)
-    levels = 2**bits - 1
+    middle, half = (high + low) / 2, (high - low) / 2
     for shrink in _SHRINK[bits]:
-        middle, half = (high + low) / 2, (high - low) / 2 * shrink
-        trial = Grid(2 * half / levels, middle - half)
-        for _ in range(2):
-            trial = _fit(groups, h, encode(groups, trial, bits), dtype)
-            error = _error(groups, h, trial, bits)
+        scale = (half * (2 * shrink / (2**bits - 1))).astype(np.float32)
+        bias = (middle - half * shrink).astype(np.float32)
+        for _ in range(_FITS):
+            scale, bias = data.fit(encode(groups, scale, bias, bits), dtype)
+            error = data.error(encode(groups, scale, bias, bits), scale, bias)
             better = error < best
-            best = mx.where(better, error, best)
-            grid = Grid(
-                mx.where(better, trial.scales, grid.scales),
-                mx.where(better, trial.biases, grid.biases),
-            )
-    return grid
+            np.copyto(best, error, where=better)
+            np.copyto(scales, scale, where=better)
+            np.copyto(biases, bias, where=better)
+    return scales, biases
 
 
-def searched(w: mx.array, option: QuantOption, inputs: Inputs, dtype: mx.Dtype) -> Grid:
-    """`search_grid` for a (rows, in) matrix, in chunks of rows that stay in the cache."""
-    h = grouped(inputs.diagonal, option.group_size)
-    rows = max(1, _CHUNK // w.shape[-1])
-    grids = []
-    for start in range(0, w.shape[0], rows):
-        groups = grouped(w[start : start + rows], option.group_size)
-        grid = search_grid(groups, h, option.bits, dtype)
-        mx.eval(grid)
-        grids.append(grid)
-    scales = mx.concatenate([grid.scales for grid in grids])
-    return Grid(scales, mx.concatenate([grid.biases for grid in grids]))
+def searched(
+    w: FloatArray, option: QuantOption, inputs: Inputs, dtype: str
+) -> tuple[FloatArray, FloatArray]:
+    """`search_grid` for a (rows, in) matrix."""
+    h = inputs.diagonal.reshape(-1, option.group_size)
+
+    def work(rows: slice) -> tuple[FloatArray, FloatArray]:
+        groups = w[rows].reshape(-1, *h.shape)
+        return search_grid(groups, h, option.bits, dtype)
+
+    parts = over_rows(w.shape[0], max(1, _CHUNK_WEIGHTS // w.shape[1]), work)
+    return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
 
 
-def quantize(w: mx.array, option: QuantOption, inputs: Inputs, dtype: mx.Dtype) -> Packed:
+def quantize(w: FloatArray, option: QuantOption, inputs: Inputs, dtype: str) -> Packed:
     """Nearest codes on the searched grid."""
-    grid = searched(w, option, inputs, dtype)
-    groups = grouped(w, option.group_size)
-    return Packed(encode(groups, grid, option.bits), grid, option.bits)
+    return nearest(w, *searched(w, option, inputs, dtype), option)

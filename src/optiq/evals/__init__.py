@@ -1,0 +1,1 @@
+"""Fidelity and speed of a model directory."""

@@ -1,0 +1,1 @@
+"""From a source to modules and streamed blocks."""

@@ -1,0 +1,1 @@
+"""Codes, lattices, sizes and divergences."""

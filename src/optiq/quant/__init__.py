@@ -1,0 +1,1 @@
+"""Measuring, allocating and rounding."""

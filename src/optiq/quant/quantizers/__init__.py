@@ -1,0 +1,1 @@
+"""One way of rounding per file."""

@@ -1,0 +1,129 @@
+"""What the final rounding will leave of the min/max rounding error, measured on sampled rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from optiq.artifacts import ModuleInfo, QuantOption, Rounding, menu
+from optiq.backend import mx
+from optiq.models.taps import Call
+from optiq.numerics.gram import damped, gram
+from optiq.quant.quantizers import gptq, rtn, search
+from optiq.quant.quantizers.base import FloatArray, Inputs, weighted_error
+
+SAMPLE_ROWS = 192
+
+
+class GramStore:
+    """Gram matrices of the matrices of one block; matrices that read the same array share one."""
+
+    def __init__(self) -> None:
+        self._matrices: list[mx.array] = []
+        self._of: dict[str, int] = {}
+
+    def add(self, calls: list[Call]) -> None:
+        """Add the inputs of one micro-batch; call it with every micro-batch of the block."""
+        fresh: dict[int, int] = {}
+        added: set[int] = set()
+        for call in calls:
+            if call.lookup:
+                continue
+            key = id(call.x)
+            if call.path not in self._of:
+                if key not in fresh:
+                    fresh[key] = len(self._matrices)
+                    self._matrices.append(mx.zeros((call.x.shape[-1],) * 2))
+                self._of[call.path] = fresh[key]
+            slot = self._of[call.path]
+            if slot not in added:
+                self._matrices[slot] = self._matrices[slot] + gram(call.x)
+                added.add(slot)
+        mx.eval(self._matrices)
+
+    def groups(self) -> Iterator[tuple[list[str], mx.array]]:
+        """(paths, Gram matrix) of every shared input, in order of first use."""
+        for slot, matrix in enumerate(self._matrices):
+            yield [path for path, index in self._of.items() if index == slot], matrix
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._matrices, self._of = [], {}
+
+
+def _sample(weight: mx.array) -> FloatArray:
+    rows = weight.reshape(-1, weight.shape[-1])
+    count = min(SAMPLE_ROWS, rows.shape[0])
+    picked = np.linspace(0, rows.shape[0] - 1, count).round().astype(np.int64)
+    return np.array(rows[mx.array(picked)].astype(mx.float32))
+
+
+def rounding_ratios(
+    infos: Sequence[ModuleInfo],
+    weights: Sequence[mx.array],
+    matrix: mx.array,
+    rounding: Rounding,
+    dtype: str,
+) -> dict[str, FloatArray]:
+    """Weighted error of a rounding over that of min/max rounding, by module and option.
+
+    Args:
+        infos: modules that read the same inputs.
+        weights: their weights, in the source dtype.
+        matrix: Gram matrix of the inputs, (in, in).
+        rounding: the rounding convert will use.
+        dtype: stored dtype of scales and biases.
+
+    Returns:
+        By path, one ratio for every option of `artifacts.menu`, in its order.
+
+    Cost: one factorization, and the rounding of at most 192 rows a module at every option.
+    """
+    options = menu(infos[0].in_dims)
+    if rounding == "rtn" or not options:
+        return {info.path: np.ones(len(options), np.float32) for info in infos}
+    inputs = Inputs(np.array(matrix))
+    weighing = damped(inputs.gram, gptq.DAMPING)
+    samples = [_sample(weight) for weight in weights]
+    rows = np.concatenate(samples)
+    before = [
+        weighted_error(rows, rtn.quantize(rows, option, inputs, dtype).weights(), weighing)
+        for option in options
+    ]
+    after = _rounded_errors(rows, options, inputs, rounding, dtype)
+    found, start = {}, 0
+    for info, sample in zip(infos, samples, strict=True):
+        part = slice(start, start + len(sample))
+        start = part.stop
+        sums = [
+            (float(a[part].sum()), float(b[part].sum())) for a, b in zip(after, before, strict=True)
+        ]
+        found[info.path] = np.array([a / b if b > 0 else 1.0 for a, b in sums], np.float32)
+    return found
+
+
+def _rounded_errors(
+    rows: FloatArray,
+    options: Sequence[QuantOption],
+    inputs: Inputs,
+    rounding: Rounding,
+    dtype: str,
+) -> list[FloatArray]:
+    """Weighted error of every row at every option; options of one group size share a GPTQ run."""
+    packed = [search.quantize(rows, option, inputs, dtype) for option in options]
+    if rounding == "search":
+        weighing = damped(inputs.gram, gptq.DAMPING)
+        return [weighted_error(rows, p.weights(), weighing) for p in packed]
+    back = gptq.feedback(inputs.gram)
+    errors: list[FloatArray] = [rows[:, 0]] * len(options)
+    for size in sorted({option.group_size for option in options}):
+        at = [n for n, option in enumerate(options) if option.group_size == size]
+        levels = [np.full(len(rows), 2 ** options[n].bits - 1, np.float32) for n in at]
+        scales = np.concatenate([packed[n].scales for n in at])
+        biases = np.concatenate([packed[n].biases for n in at])
+        repeated = np.concatenate([rows] * len(at))
+        _, error = gptq.assign(repeated, scales, biases, np.concatenate(levels), back)
+        for n, part in zip(at, np.split(error, len(at)), strict=True):
+            errors[n] = part
+    return errors

@@ -1,0 +1,221 @@
+"""Round every matrix of a plan, streaming the source once for the statistics of its inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from optiq.artifacts import BitPlan, ModuleInfo, PlanEntry, QuantOption, Rounding
+from optiq.backend import mx
+from optiq.errors import ArtifactMismatch
+from optiq.events import Emit, Progress, StageDone, StageStarted
+from optiq.models.head import HeadSlices
+from optiq.models.load import Source
+from optiq.models.stream import StreamedModel
+from optiq.models.taps import tapped
+from optiq.numerics.affine import Grid, encode, grouped, pack
+from optiq.numerics.lattice import BITS, find_lattice
+from optiq.quant.quantizers import gptq, rtn, search
+from optiq.quant.quantizers.base import FloatArray, Inputs, Packed
+from optiq.quant.ratios import GramStore
+
+
+class RoundedModel:
+    """The quantized tensors of a plan, one file per block in the work directory.
+
+    Args:
+        source: the model.
+        plan: an option for every module.
+        tokens: (N, T) int32 calibration windows; they give the statistics of the inputs.
+        work: directory for activations and finished blocks; a killed run goes on from there.
+        emit: receives progress.
+
+    Cost: one forward pass over the tokens, and rows x in^2 multiply-adds a matrix for GPTQ.
+    """
+
+    def __init__(
+        self, source: Source, plan: BitPlan, tokens: npt.NDArray[np.int32], work: Path, emit: Emit
+    ) -> None:
+        self.source, self.rounding, self._emit = source, plan.rounding, emit
+        self.entries = {entry.path: entry for entry in plan.entries}
+        missing = [info.path for info in source.modules if info.path not in self.entries]
+        if missing or len(self.entries) != len(source.modules):
+            raise ArtifactMismatch(
+                f"the plan is for another model: it says nothing of {missing[:1] or 'some modules'}"
+            )
+        self._infos = {info.path: info for info in source.modules}
+        self._work = work
+        self._tokens = tokens
+        self._grams = GramStore()
+
+    def run(self) -> dict[str, Path]:
+        """Round everything; returns the file that holds each module's tensors, by module path."""
+        files: dict[str, Path] = {}
+        stream = StreamedModel(self.source, mx.array(self._tokens), self._work / "activations")
+        inside = f"{stream.prefix}."
+        self._emit(StageStarted("round", stream.num_blocks + 1, "blocks"))
+
+        def done(index: int, _block: object) -> None:
+            weights = self.source.weights()
+            tensors: dict[str, mx.array] = {}
+            for paths, matrix in self._grams.groups():
+                tensors |= self._round_group(paths, np.array(matrix), weights)
+            self._grams.clear()
+            unseen = {
+                info.path
+                for info in self.source.modules
+                if info.path.startswith(f"{inside}{index}.")
+                and f"{info.path}.weight" not in tensors
+            }
+            for path in sorted(unseen):
+                tensors |= self._round_unseen(path, weights)
+            self._save(self._file(index), tensors)
+            self._emit(Progress("round", index + 1))
+
+        stream.forward(self._grams.add, done)
+        for index in range(stream.num_blocks):
+            files |= {
+                p: self._file(index) for p in self._infos if p.startswith(f"{inside}{index}.")
+            }
+        ends = self._work / "rounded_ends.safetensors"
+        if not ends.is_file():
+            self._round_ends(stream, ends)
+        files |= {p: ends for p in self._infos if not p.startswith(inside)}
+        self._emit(StageDone("round"))
+        return files
+
+    def _file(self, index: int) -> Path:
+        return self._work / f"rounded_{index:04d}.safetensors"
+
+    def _save(self, file: Path, tensors: dict[str, mx.array]) -> None:
+        temporary = file.with_suffix(".part.safetensors")
+        mx.save_safetensors(str(temporary), tensors)
+        temporary.replace(file)
+
+    def _round_group(
+        self, paths: list[str], matrix: FloatArray, weights: dict[str, mx.array]
+    ) -> dict[str, mx.array]:
+        """Tensors of the matrices that read the same inputs; they share one factorization."""
+        inputs = Inputs(matrix)
+        quantize = quantizer(self.rounding, inputs)
+        tensors: dict[str, mx.array] = {}
+        for path in paths:
+            entry, weight = self.entries[path], weights[f"{path}.weight"]
+            tensors |= rounded_tensors(self._infos[path], entry, weight, quantize, self.source)
+        return tensors
+
+    def _round_unseen(self, path: str, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        """Tensors of a matrix whose inputs are rows of an embedding, or never came."""
+        info = self._infos[path]
+        inputs = Inputs(np.eye(info.in_dims, dtype=np.float32))
+        rounding: Rounding = "rtn" if self.rounding == "rtn" else "search"
+        quantize = quantizer(rounding, inputs)
+        entry, weight = self.entries[path], weights[f"{path}.weight"]
+        return rounded_tensors(info, entry, weight, quantize, self.source)
+
+    def _round_ends(self, stream: StreamedModel, file: Path) -> None:
+        """Embeddings, head and other matrices outside the blocks."""
+        model = stream.load_ends()
+        head = HeadSlices(model, self.source.modules)
+        outside = [i for i in self.source.modules if not i.path.startswith(f"{stream.prefix}.")]
+        links = stream.outputs()
+        outputs = [stream.fetch(link) for link in links]
+        before = list(dict.fromkeys(n for call in stream.calls for n in call.links()))
+        before = [link for link in before if link.kind == "pro"]
+        with head.slice(0, 1), tapped(model, "", outside) as taps:
+            for rows in stream.batches():
+                taps.start(gradients=False)
+                mx.eval(stream.logits(rows, [o[rows] for o in outputs]))
+                self._grams.add([c for c in taps.calls if c.path == head.info.path])
+        others = [i for i in outside if i.path != head.info.path and i.role != "embedding"]
+        if others:
+            with tapped(model, "", others) as taps:
+                for rows in stream.batches():
+                    taps.start(gradients=False)
+                    stream.prologue(rows, before)
+                    self._grams.add(taps.calls)
+        weights = self.source.weights()
+        tensors: dict[str, mx.array] = {}
+        for paths, matrix in self._grams.groups():
+            tensors |= self._round_group(paths, np.array(matrix), weights)
+        self._grams.clear()
+        for info in outside:
+            if f"{info.path}.weight" not in tensors:
+                tensors |= self._round_unseen(info.path, weights)
+        stream.drop_ends()
+        self._save(file, tensors)
+        self._emit(Progress("round", stream.num_blocks + 1))
+
+
+RowQuantizer = Callable[[FloatArray, QuantOption, str], Packed]
+
+
+def quantizer(rounding: Rounding, inputs: Inputs) -> RowQuantizer:
+    """A function that rounds rows that read these inputs."""
+    if rounding == "gptq":
+        back = gptq.feedback(inputs.gram)
+        return lambda w, option, dtype: gptq.quantize_with(w, option, inputs, dtype, back)
+    plain = rtn.quantize if rounding == "rtn" else search.quantize
+    return lambda w, option, dtype: plain(w, option, inputs, dtype)
+
+
+_CHUNK_WEIGHTS = 1 << 25
+
+
+def rounded_tensors(
+    info: ModuleInfo,
+    entry: PlanEntry,
+    weight: mx.array,
+    quantize: RowQuantizer,
+    source: Source,
+) -> dict[str, mx.array]:
+    """The stored tensors of one module: `weight`, and `scales` and `biases` when quantized.
+
+    Args:
+        info: the module.
+        entry: its option.
+        weight: (..., in) in the source dtype.
+        quantize: rounds (rows, in) float32 matrices.
+        source: gives the stored dtype.
+    """
+    option = entry.option
+    if option.kind == "keep":
+        return {f"{info.path}.weight": weight}
+    if option.kind == "lattice":
+        lattice = find_lattice(weight, source.dtype)
+        if lattice is None:
+            raise ArtifactMismatch(
+                f"{info.path} lies on no grid, so 'lattice' is not possible; plan it again"
+            )
+        groups = grouped(weight.astype(mx.float32), option.group_size)
+        codes = encode(groups, lattice.grid, BITS).reshape(weight.shape)
+        return _stored(info, pack(codes, BITS), lattice.grid, source.dtype)
+    rows = weight.reshape(-1, info.in_dims)
+    step = max(1, _CHUNK_WEIGHTS // info.in_dims)
+    packed, scales, biases = [], [], []
+    for start in range(0, rows.shape[0], step):
+        part = np.array(rows[start : start + step].astype(mx.float32))
+        result = quantize(part, option, source.info.dtype)
+        packed.append(pack(mx.array(result.codes), option.bits))
+        scales.append(mx.array(result.scales))
+        biases.append(mx.array(result.biases))
+        mx.eval(packed[-1])
+    lead = weight.shape[:-1]
+    words = mx.concatenate(packed).reshape(*lead, -1)
+    grid = Grid(
+        mx.concatenate(scales).reshape(*lead, -1), mx.concatenate(biases).reshape(*lead, -1)
+    )
+    return _stored(info, words, grid, source.dtype)
+
+
+def _stored(info: ModuleInfo, words: mx.array, grid: Grid, dtype: mx.Dtype) -> dict[str, mx.array]:
+    tensors = {
+        f"{info.path}.weight": words,
+        f"{info.path}.scales": grid.scales.astype(dtype),
+        f"{info.path}.biases": grid.biases.astype(dtype),
+    }
+    mx.eval(tensors)
+    return tensors

@@ -1,0 +1,198 @@
+"""Measure: the KL of every option of every module, as a SensitivityTable."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from optiq.artifacts import (
+    KEEP,
+    LATTICE,
+    LatticeReport,
+    ModuleInfo,
+    ModuleScores,
+    OptionScore,
+    Provenance,
+    QuantOption,
+    Scoring,
+    SensitivityTable,
+    menu,
+)
+from optiq.backend import mx
+from optiq.configs import MeasureConfig
+from optiq.data.calibration import Windows
+from optiq.events import Emit
+from optiq.models.load import Source
+from optiq.numerics.lattice import find_lattice
+from optiq.quant.exact import ExactScores, brute_force
+from optiq.quant.sketch import Scores, Sketch
+from optiq.quant.static import static_scores
+
+NO_LATTICE = LatticeReport("none", False, 0.0, 0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Effort:
+    """Tokens of an effort.
+
+    Attributes:
+        window: tokens of a window.
+        num_windows: calibration windows, one probe each.
+        verify_pairs: module x option pairs of `--verify`.
+    """
+
+    window: int
+    num_windows: int
+    verify_pairs: int
+
+
+EFFORTS = {
+    "quick": Effort(window=256, num_windows=24, verify_pairs=10),
+    "standard": Effort(window=256, num_windows=64, verify_pairs=16),
+    "thorough": Effort(window=256, num_windows=160, verify_pairs=32),
+}
+
+
+def measure_table(
+    source: Source,
+    windows: Windows,
+    config: MeasureConfig,
+    work: Path,
+    provenance: Provenance,
+    emit: Emit,
+) -> SensitivityTable:
+    """KL of every option of every module.
+
+    Args:
+        source: the model.
+        windows: calibration windows.
+        config: method, reference, rounding and seed.
+        work: directory for activations and checkpoints; a killed run goes on from there.
+        provenance: recorded in the table.
+        emit: receives progress.
+
+    Cost: `fisher`: four forward passes' worth of products over the tokens; `exact`: a forward pass
+        for every pair; `static`: one pass over the weights.
+    """
+    group = mx.distributed.init()
+    checks: dict[str, float] = {}
+    probes = 0
+    if config.method == "static":
+        rows = static_scores(source, config.rounding)
+    elif config.method == "exact":
+        exact = ExactScores(source, windows.tokens, work, config, emit)
+        rows = _exact_rows(source, exact)
+    else:
+        scores, lengths = _sketched(source, windows.tokens, config, work, emit, group)
+        probes = len(lengths)
+        checks["split_half"] = split_half(scores)
+        rows = tuple(
+            _module_scores(info, scores[info.path], windows.tokens.shape[1], source)
+            for info in source.modules
+        )
+    table = SensitivityTable(
+        source=source.info,
+        method=config.method,
+        reference=config.reference,
+        rounding=config.rounding,
+        modules=rows,
+        num_tokens=int(windows.tokens.size) if config.method != "static" else 0,
+        num_probes=probes,
+        calibration=windows.digest,
+        checks=checks,
+        provenance=provenance,
+    )
+    if config.verify and config.method == "fisher":
+        exact = ExactScores(source, windows.tokens, work, config, emit)
+        pairs = EFFORTS[config.effort].verify_pairs
+        table = dataclasses.replace(table, checks=checks | brute_force(table, exact, pairs, emit))
+    return table
+
+
+def _sketched(
+    source: Source,
+    tokens: npt.NDArray[np.int32],
+    config: MeasureConfig,
+    work: Path,
+    emit: Emit,
+    group: mx.distributed.Group,
+) -> tuple[dict[str, Scores], npt.NDArray[np.int32]]:
+    """The sketch over this process's share of the windows, gathered over all processes."""
+    shares = np.array_split(tokens, group.size())
+    first = sum(len(share) for share in shares[: group.rank()])
+    sketch = Sketch(
+        source,
+        shares[group.rank()],
+        work / f"rank_{group.rank()}" if group.size() > 1 else work,
+        rounding=config.rounding,
+        seed=config.seed,
+        emit=emit,
+        first=first,
+        uniform4=config.reference == "uniform4",
+        group=group if group.size() > 1 else None,
+    )
+    scores = sketch.run()
+    if group.size() > 1:
+        for score in scores.values():
+            whole = np.zeros((len(tokens), score.s.shape[1]), np.float32)
+            whole[first : first + len(score.s)] = score.s
+            score.s = np.array(mx.distributed.all_sum(mx.array(whole), group=group))
+    return scores, tokens[:, 0]
+
+
+def _module_scores(info: ModuleInfo, scores: Scores, window: int, source: Source) -> ModuleScores:
+    """Mean and standard error of s^2 / (2 T), times the rounding ratio."""
+    samples = scores.s.astype(np.float64) ** 2 / (2 * window)
+    mean = samples.mean(axis=0) * scores.ratios
+    count = max(len(samples) - 1, 1)
+    error = samples.std(axis=0) / np.sqrt(count) * scores.ratios
+    itemsize = source.info.itemsize
+    rows = [
+        OptionScore(
+            option,
+            float(mean[n]),
+            float(error[n]),
+            option.size_bytes(info.shape, itemsize),
+            "exact" if option == LATTICE or scores.ratios[n] == 1 else "ratio",
+        )
+        for n, option in enumerate(scores.options)
+    ]
+    rows.append(OptionScore(KEEP, 0.0, 0.0, KEEP.size_bytes(info.shape, itemsize), "exact"))
+    report = scores.lattice.report if scores.lattice else NO_LATTICE
+    return ModuleScores(info, tuple(rows), report)
+
+
+def _exact_rows(source: Source, exact: ExactScores) -> tuple[ModuleScores, ...]:
+    rows = []
+    weights = source.weights()
+    itemsize = source.info.itemsize
+    for info in source.modules:
+        lattice = find_lattice(weights[f"{info.path}.weight"], source.dtype)
+        options: tuple[QuantOption, ...] = menu(info.in_dims)
+        options = (*options, LATTICE) if lattice else options
+        scored = []
+        for option in options:
+            kl, error = exact.score(info, option)
+            size = option.size_bytes(info.shape, itemsize)
+            scored.append(OptionScore(option, kl, error, size, "exact"))
+        scored.append(OptionScore(KEEP, 0.0, 0.0, KEEP.size_bytes(info.shape, itemsize), "exact"))
+        report = lattice.report if lattice else NO_LATTICE
+        rows.append(ModuleScores(info, tuple(scored), report))
+    return tuple(rows)
+
+
+def split_half(scores: dict[str, Scores]) -> float:
+    """Correlation of log KL between the odd and the even probes, over all pairs (Pearson)."""
+    halves: tuple[list[float], list[float]] = ([], [])
+    for score in scores.values():
+        for part, start in zip(halves, (0, 1), strict=True):
+            part.extend((score.s[start::2].astype(np.float64) ** 2).mean(axis=0))
+    a, b = (np.log(np.maximum(half, 1e-30)) for half in halves)
+    return float(np.corrcoef(a, b)[0, 1])
+
+
+__all__: Sequence[str] = ["EFFORTS", "Effort", "Scoring", "measure_table", "split_half"]

@@ -1,0 +1,501 @@
+"""The streamed Fisher sketch: KL of every option of every module from one backward pass.
+
+At the source model the gradient of KL(p_source || p) is zero and its Hessian is the Fisher matrix.
+For a probe v at the logits with covariance diag(p) - p p^T at every token, the random number
+s = <dL/dW, W - Q(W)> of L = sum_t v_t . z_t has E[s^2] = 2 KL, summed over the T tokens of the
+sequence. One backward pass gives dL/dW = g^T x of every matrix, so s for every option.
+
+Passes: F runs the blocks forward, collects Gram matrices and the rounding ratios; H runs the head in
+slices of the vocabulary; B walks the blocks backwards. Each block is a checkpoint.
+
+Reference: second-order expansion as in HAWQ and GuidedQuant (arXiv 2505.07004); differs: the sum over
+the sequence is kept before squaring, which keeps all cross terms, and no layer is treated alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from optiq.artifacts import LATTICE, ModuleInfo, QuantOption, Rounding, menu, write_atomic
+from optiq.backend import is_cpu, mx
+from optiq.events import Emit, Progress, StageDone, StageStarted
+from optiq.models.head import HeadSlices
+from optiq.models.load import Source
+from optiq.models.stream import Link, StreamedModel
+from optiq.models.taps import Call, tapped
+from optiq.numerics.affine import Grid, decode, encode, grouped, minmax_grid
+from optiq.numerics.lattice import BITS, Lattice, find_lattice
+from optiq.quant.ratios import GramStore, rounding_ratios
+
+FloatArray = npt.NDArray[np.float32]
+_CHUNK_WEIGHTS = 1 << 19
+_VOCAB_SLICE = 4096
+
+
+@dataclasses.dataclass
+class Scores:
+    """What the sketch knows of one module.
+
+    Attributes:
+        options: affine options, then the lattice where there is one.
+        s: (num_sequences, num_options) float32, <dL/dW, W - Q(W)> for min/max rounding.
+        ratios: (num_options,) weighted error of the final rounding over that of min/max rounding.
+        lattice: the grid found in the weights, if any.
+    """
+
+    options: tuple[QuantOption, ...]
+    s: FloatArray
+    ratios: FloatArray
+    lattice: Lattice | None
+
+
+def options_of(info: ModuleInfo, lattice: Lattice | None) -> tuple[QuantOption, ...]:
+    """Options that are scored; `keep` costs nothing and is not among them."""
+    affine = menu(info.in_dims)
+    return affine if lattice is None else (*affine, LATTICE)
+
+
+def deltas(
+    w: mx.array, options: Sequence[QuantOption], lattice: Lattice | None, dtype: mx.Dtype
+) -> mx.array:
+    """W - Q(W) of every option with min/max rounding: (options, rows * in) float32.
+
+    Args:
+        w: (rows, in) float32.
+        options: as `options_of` gives them.
+        lattice: the grid of these rows, for `lattice`.
+        dtype: stored dtype of scales and biases.
+    """
+    out = []
+    for option in options:
+        groups = grouped(w, option.group_size)
+        if option.kind == "lattice":
+            assert lattice is not None
+            grid, bits = lattice.grid, BITS
+        else:
+            grid, bits = minmax_grid(groups, option.bits, dtype), option.bits
+        out.append((groups - decode(encode(groups, grid, bits), grid)).reshape(-1))
+    return mx.stack(out)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Use:
+    """Inputs and output cotangents of a matrix for some sequences: (k, T, in) and (k, T, out)."""
+
+    first: int
+    x: mx.array
+    g: mx.array
+
+
+def _accumulate(
+    s: FloatArray, w: mx.array, uses: Sequence[_Use], lattice: Lattice | None, scored: _Scored
+) -> None:
+    """Add <g^T x, W - Q(W)> of every sequence and option to `s`, a slice of rows at a time."""
+    rows = max(1, _CHUNK_WEIGHTS // w.shape[1])
+    for start in range(0, w.shape[0], rows):
+        products = _products(w, slice(start, start + rows), uses, lattice, scored)
+        mx.eval(products)
+        for use, product in zip(uses, products, strict=True):
+            s[use.first : use.first + product.shape[0]] += np.array(product)
+
+
+def _products(
+    w: mx.array, rows: slice, uses: Sequence[_Use], lattice: Lattice | None, scored: _Scored
+) -> list[mx.array]:
+    """<g^T x, W - Q(W)> over some rows: for every use, (k, options)."""
+    part = lattice and _part(lattice, rows)
+    d = deltas(w[rows], scored.options, part, scored.dtype)
+    products = []
+    for use in uses:
+        g, x = use.g[..., rows].astype(mx.float32), use.x.astype(mx.float32)
+        grad = g.swapaxes(-1, -2) @ x
+        products.append(grad.reshape(grad.shape[0], -1) @ d.T)
+    return products
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scored:
+    options: tuple[QuantOption, ...]
+    dtype: mx.Dtype
+
+
+def _exp(x: mx.array) -> mx.array:
+    """Exp in float32; through numpy on the CPU, whose vectorized exp is ten times faster."""
+    if is_cpu():
+        return mx.array(np.exp(np.array(x, copy=False)))
+    return mx.exp(x)
+
+
+class Sketch:
+    """One run of the sketch over calibration windows.
+
+    Args:
+        source: the model.
+        tokens: (N, T) int32 windows.
+        work: directory for activations and checkpoints.
+        rounding: the rounding the ratios are for.
+        seed: seed of the probes; sequence n of the run uses the probe `first + n`.
+        emit: receives progress.
+        first: number of the first sequence, when several processes share a run.
+        uniform4: linearize at the uniform 4-bit model instead of the source.
+
+    Cost: four forward passes' worth of products over N x T tokens, whatever the number of options.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        tokens: npt.NDArray[np.int32],
+        work: Path,
+        *,
+        rounding: Rounding,
+        seed: int,
+        emit: Emit,
+        first: int = 0,
+        uniform4: bool = False,
+    ) -> None:
+        self.source, self.work, self.rounding, self.seed = source, work, rounding, seed
+        self.first, self._emit = first, emit
+        self.infos = {info.path: info for info in source.modules}
+        overrides = self._uniform4 if uniform4 else None
+        self.stream = StreamedModel(source, mx.array(tokens), work / "activations", overrides)
+        self.num_sequences, self.window = tokens.shape
+        self.scores: dict[str, Scores] = {}
+        self._grams = GramStore()
+
+    def _uniform4(self, name: str, value: mx.array) -> mx.array:
+        info = self.infos.get(name.removesuffix(".weight"))
+        if info is None or info.in_dims % 64:
+            return value
+        groups = grouped(value.astype(mx.float32), 64)
+        grid = minmax_grid(groups, 4, self.source.dtype)
+        return decode(encode(groups, grid, 4), grid).reshape(value.shape)
+
+    # -- checkpoints -----------------------------------------------------------------------------
+
+    def _ratio_file(self, name: str) -> Path:
+        return self.work / f"ratios_{name}.npz"
+
+    def _save_ratios(self, name: str, ratios: dict[str, FloatArray]) -> None:
+        buffer = io.BytesIO()
+        np.savez(buffer, allow_pickle=False, **ratios)  # type: ignore[arg-type]
+        write_atomic(self._ratio_file(name), buffer.getvalue())
+
+    def _save_state(self, name: str, cotangents: dict[Link, mx.array]) -> None:
+        """Everything the backward pass needs to go on below `name`, in one file."""
+        arrays = {f"cot.{k.kind}.{k.index}.{k.leaf}": v for k, v in cotangents.items()}
+        for path, score in self.scores.items():
+            arrays[f"s.{path}"] = mx.array(score.s)
+        state = self.work / "state.safetensors"
+        temporary = self.work / "state.part.safetensors"
+        mx.save_safetensors(str(temporary), arrays, {"done": name})
+        temporary.replace(state)
+
+    def _load_state(self) -> tuple[str, dict[str, mx.array]]:
+        state = self.work / "state.safetensors"
+        if not state.is_file():
+            return "", {}
+        arrays, metadata = mx.load(str(state), return_metadata=True)
+        return str(metadata["done"]), arrays
+
+    # -- passes ----------------------------------------------------------------------------------
+
+    def run(self) -> dict[str, Scores]:
+        """Scores of every module, by path."""
+        self._forward()
+        done, stored = self._load_state()
+        total = self.stream.num_blocks
+        cotangents: dict[Link, mx.array] = {}
+        if not done:
+            cotangents = self._head()
+            self._save_state(str(total), cotangents)
+            done = str(total)
+        else:
+            self._restore(stored, cotangents)
+        self._emit(StageStarted("backward", total, "blocks"))
+        for index in range(int(done) - 1, -1, -1):
+            self._block(index, cotangents)
+            self._save_state(str(index), cotangents)
+            self._emit(Progress("backward", total - index))
+        self._emit(StageDone("backward"))
+        self._prologue(cotangents)
+        self._attach_ratios()
+        return {info.path: self.scores[info.path] for info in self.source.modules}
+
+    def _restore(self, stored: dict[str, mx.array], cotangents: dict[Link, mx.array]) -> None:
+        for name, value in stored.items():
+            kind, _, rest = name.partition(".")
+            if kind == "cot":
+                origin, index, leaf = rest.split(".")
+                cotangents[Link(origin, int(index), int(leaf))] = value
+            else:
+                score = self._empty(self.infos[rest], self._weight(rest))
+                score.s[:] = np.array(value)
+        mx.eval(list(cotangents.values()))
+
+    def _weight(self, path: str) -> mx.array:
+        weight: mx.array = self.source.weights()[f"{path}.weight"]
+        return weight
+
+    def _empty(self, info: ModuleInfo, weight: mx.array) -> Scores:
+        """The module's scores, begun at zero on first use."""
+        if info.path not in self.scores:
+            lattice = find_lattice(weight, self.source.dtype)
+            options = options_of(info, lattice)
+            s = np.zeros((self.num_sequences, len(options)), np.float32)
+            ones = np.ones(len(options), np.float32)
+            self.scores[info.path] = Scores(options, s, ones, lattice)
+        return self.scores[info.path]
+
+    def _forward(self) -> None:
+        total = self.stream.num_blocks
+        self._emit(StageStarted("forward", total, "blocks"))
+
+        def done(index: int, _block: object) -> None:
+            weights = self.source.weights()
+            ratios: dict[str, FloatArray] = {}
+            for paths, matrix in self._grams.groups():
+                infos = [self.infos[path] for path in paths]
+                chosen = [weights[f"{path}.weight"] for path in paths]
+                found = rounding_ratios(
+                    infos, chosen, matrix, self.rounding, self.source.info.dtype
+                )
+                ratios |= found
+            self._save_ratios(f"{index:04d}", ratios)
+            self._grams.clear()
+            self._emit(Progress("forward", index + 1))
+
+        self.stream.forward(self._grams.add, done)
+        self._emit(StageDone("forward"))
+
+    def _signs(self, row: int, vocab_slice: int, shape: tuple[int, int]) -> mx.array:
+        """Rademacher numbers of a sequence and a slice of the vocabulary: (T, slice)."""
+        seeds = np.random.SeedSequence((self.seed, self.first + row, vocab_slice))
+        size = -(-shape[0] * shape[1] // 8)
+        words = mx.array(np.frombuffer(np.random.default_rng(seeds).bytes(size), np.uint8))
+        bits = (words[:, None] >> mx.arange(8, dtype=mx.uint8)) & 1
+        flat = bits.reshape(-1)[: shape[0] * shape[1]].reshape(shape)
+        return 1.0 - 2.0 * flat.astype(mx.float32)
+
+    def _probe_signs(self, rows: slice, vocab_slice: int, shape: tuple[int, ...]) -> mx.array:
+        one = (shape[1], shape[2])
+        numbers = range(*rows.indices(self.num_sequences))
+        return mx.stack([self._signs(n, vocab_slice, one) for n in numbers])
+
+    def _head(self) -> dict[Link, mx.array]:
+        """Pass H: probes at the logits, scores of the head, cotangents of the last block."""
+        model = self.stream.load_ends()
+        links = self.stream.outputs()
+        outputs = [self.stream.fetch(link) for link in links]
+        mx.eval(outputs)
+        head = HeadSlices(model, self.source.modules)
+        starts = range(0, head.vocab_size, _VOCAB_SLICE)
+        self._emit(StageStarted("head", 2 * len(starts), "slices"))
+        top, power, mixed = self._normalizers(head, outputs, starts)
+        logsum = [t + mx.log(a) for t, a in zip(top, power, strict=True)]
+        center = [b / mx.sqrt(a) for a, b in zip(power, mixed, strict=True)]
+        mx.eval(logsum, center)
+        pulled = [mx.zeros_like(o) for o in outputs]
+        for count, start in enumerate(starts):
+            uses: list[_Use] = []
+            with head.slice(start, start + _VOCAB_SLICE), tapped(model, "", [head.info]) as taps:
+                for n, rows in enumerate(self.stream.batches()):
+                    given = [o[rows] for o in outputs]
+                    logits = self.stream.logits(rows, given).astype(mx.float32)
+                    signs = self._probe_signs(rows, start, logits.shape)
+                    mx.eval(logits, signs)
+                    root = _exp((logits - logsum[n][..., None]) / 2)
+                    probe = root * signs - root * root * center[n][..., None]
+                    taps.start(gradients=True)
+
+                    def run(*h: mx.array, rows: slice = rows) -> mx.array:
+                        return self.stream.logits(rows, h).astype(mx.float32)
+
+                    _, grads = mx.vjp(run, given, [probe])
+                    call = next(c for c in taps.calls if not c.lookup)
+                    assert call.g is not None
+                    use = _Use(rows.start, call.x.astype(mx.bfloat16), call.g.astype(mx.bfloat16))
+                    mx.eval(grads, use.x, use.g)
+                    for total, grad in zip(pulled, grads, strict=True):
+                        total[rows] += grad
+                    mx.eval(pulled)
+                    uses.append(use)
+            self._score_slice(head, start, uses)
+            self._emit(Progress("head", len(starts) + count + 1))
+        self._save_ratios("head", self._head_ratios(head))
+        self.stream.drop_ends()
+        self._emit(StageDone("head"))
+        return dict(zip(links, pulled, strict=True))
+
+    def _normalizers(
+        self, head: HeadSlices, outputs: list[mx.array], starts: range
+    ) -> tuple[list[mx.array], list[mx.array], list[mx.array]]:
+        """Running maximum m, sum exp(z - m) and sum exp((z - m) / 2) * sign, by micro-batch."""
+        batches = list(self.stream.batches())
+        top: list[mx.array] = []
+        power: list[mx.array] = []
+        mixed: list[mx.array] = []
+        for count, start in enumerate(starts):
+            with (
+                head.slice(start, start + _VOCAB_SLICE),
+                tapped(self.stream.model, "", [head.info]) as taps,
+            ):
+                for n, rows in enumerate(batches):
+                    taps.start(gradients=False)
+                    given = [o[rows] for o in outputs]
+                    logits = self.stream.logits(rows, given).astype(mx.float32)
+                    if start == 0:
+                        self._grams.add([c for c in taps.calls if not c.lookup])
+                        top.append(logits.max(axis=-1))
+                        power.append(mx.zeros_like(top[n]))
+                        mixed.append(mx.zeros_like(top[n]))
+                    signs = self._probe_signs(rows, start, logits.shape)
+                    high = mx.maximum(top[n], logits.max(axis=-1))
+                    mx.eval(logits, signs, high)
+                    root = _exp((logits - high[..., None]) / 2)
+                    shrink = mx.exp((top[n] - high) / 2)
+                    power[n] = power[n] * shrink * shrink + (root * root).sum(axis=-1)
+                    mixed[n] = mixed[n] * shrink + (root * signs).sum(axis=-1)
+                    top[n] = high
+                    mx.eval(power[n], mixed[n])
+            self._emit(Progress("head", count + 1))
+        return top, power, mixed
+
+    def _score_slice(self, head: HeadSlices, start: int, uses: list[_Use]) -> None:
+        info = head.info
+        weight = self._weight(info.path)
+        score = self._empty(info, weight)
+        stop = min(start + _VOCAB_SLICE, info.shape[0])
+        part = weight[start:stop].astype(mx.float32)
+        lattice = score.lattice and _part(score.lattice, slice(start, stop))
+        scored = _Scored(score.options, self.source.dtype)
+        _accumulate(score.s, part, uses, lattice, scored)
+
+    def _head_ratios(self, head: HeadSlices) -> dict[str, FloatArray]:
+        ((_, matrix),) = self._grams.groups()
+        self._grams.clear()
+        weight = self._weight(head.info.path)
+        return rounding_ratios([head.info], [weight], matrix, self.rounding, self.source.info.dtype)
+
+    def _block(self, index: int, cotangents: dict[Link, mx.array]) -> None:
+        """Pass B on one block."""
+        uses: dict[str, list[tuple[int, Call]]] = {}
+        shared: dict[int, mx.array] = {}
+
+        def visit(rows: slice, calls: list[Call]) -> None:
+            for call in calls:
+                if call.g is None:
+                    continue
+                key = id(call.x)
+                if key not in shared:
+                    shared[key] = call.x.astype(mx.bfloat16)
+                kept = Call(call.path, shared[key], call.indices, call.lookup)
+                kept.g = call.g.astype(mx.bfloat16)
+                uses.setdefault(call.path, []).append((rows.start, kept))
+            mx.eval([c.g for u in uses.values() for _, c in u[-1:]], list(shared.values()))
+            shared.clear()
+
+        self.stream.backward(index, cotangents, visit)
+        weights = self.source.weights()
+        for path in list(uses):
+            self._score_module(self.infos[path], weights[f"{path}.weight"], uses.pop(path))
+
+    def _score_module(
+        self, info: ModuleInfo, weight: mx.array, calls: list[tuple[int, Call]]
+    ) -> None:
+        score = self._empty(info, weight)
+        scored = _Scored(score.options, self.source.dtype)
+        if info.role == "expert":
+            for expert in range(info.shape[0]):
+                picked = [u for first, c in calls for u in _expert_uses(first, c, expert)]
+                lattice = score.lattice and _part(score.lattice, expert)
+                if picked:
+                    part = weight[expert].astype(mx.float32)
+                    _accumulate(score.s, part, picked, lattice, scored)
+            return
+        uses = []
+        for first, call in calls:
+            assert call.g is not None
+            count = min(self.stream.batch, self.num_sequences - first)
+            uses.append(
+                _Use(
+                    first,
+                    call.x.reshape(count, -1, call.x.shape[-1]),
+                    call.g.reshape(count, -1, call.g.shape[-1]),
+                )
+            )
+        _accumulate(score.s, weight.astype(mx.float32), uses, score.lattice, scored)
+
+    def _prologue(self, cotangents: dict[Link, mx.array]) -> None:
+        """Pass P: lookups and whatever else is computed before the blocks."""
+        links = [link for link in cotangents if link.kind == "pro"]
+        model = self.stream.load_ends()
+        inside = f"{self.stream.prefix}."
+        infos = [i for i in self.source.modules if not i.path.startswith(inside)]
+        with tapped(model, "", infos) as taps:
+            for rows in self.stream.batches():
+                anchor = mx.array(0.0)
+                taps.start(gradients=True, anchor=anchor)
+
+                def run(zero: mx.array, rows: slice = rows) -> list[mx.array]:
+                    taps.start(gradients=True, anchor=zero)
+                    return self.stream.prologue(rows, links)
+
+                mx.vjp(run, [anchor], [cotangents[link][rows] for link in links])
+                for call in taps.calls:
+                    if call.g is not None:
+                        self._score_prologue(rows, call)
+        self.stream.drop_ends()
+        for info in infos:
+            self._empty(info, self._weight(info.path))
+
+    def _score_prologue(self, rows: slice, call: Call) -> None:
+        info = self.infos[call.path]
+        weight = self._weight(call.path)
+        score = self._empty(info, weight)
+        if not call.lookup:
+            self._score_module(info, weight, [(rows.start, call)])
+            return
+        assert call.g is not None
+        used, position = np.unique(np.array(call.x), return_inverse=True)
+        picked = mx.array(used)
+        lattice = score.lattice and _part(score.lattice, picked)
+        d = deltas(weight[picked].astype(mx.float32), score.options, lattice, self.source.dtype)
+        d = d.reshape(len(score.options), len(used), -1)
+        g = call.g.astype(mx.float32)
+        for n, positions in enumerate(position.reshape(call.x.shape)):
+            gradient = mx.zeros((len(used), g.shape[-1])).at[mx.array(positions)].add(g[n])
+            s = (d * gradient).sum(axis=(1, 2))
+            score.s[rows.start + n] += np.array(s)
+
+    def _attach_ratios(self) -> None:
+        for file in sorted(self.work.glob("ratios_*.npz")):
+            with np.load(file) as stored:
+                for path in stored.files:
+                    score = self.scores[path]
+                    score.ratios[: len(stored[path])] = stored[path]
+
+
+def _part(lattice: Lattice, at: slice | int | mx.array) -> Lattice:
+    """The lattice of some rows, or of one expert."""
+    return Lattice(Grid(lattice.grid.scales[at], lattice.grid.biases[at]), lattice.report)
+
+
+def _expert_uses(first: int, call: Call, expert: int) -> list[_Use]:
+    """Rows routed to one expert; a micro-batch of a model with experts is one sequence."""
+    assert call.g is not None
+    assert call.indices is not None
+    routed = np.flatnonzero(np.array(call.indices).reshape(-1) == expert)
+    if routed.size == 0:
+        return []
+    g = call.g.reshape(-1, call.g.shape[-1])
+    x = call.x.reshape(-1, call.x.shape[-1])
+    repeats = g.shape[0] // x.shape[0]
+    at = mx.array(routed)
+    return [_Use(first, x[at // repeats][None], g[at][None])]

@@ -1,0 +1,100 @@
+"""Stand-ins for the pipeline: they record what the command line asks for."""
+
+import dataclasses
+import types
+from pathlib import Path
+from typing import Any
+
+from optiq.artifacts import BitPlan, DomainFidelity, Fidelity, QuantOption, SensitivityTable, Speed
+from optiq.configs import AllocateConfig
+from optiq.quant.allocate import allocate
+from tests.unit.quant.tables import PROVENANCE, llama_modules, random_table
+
+
+def make_sensitivity() -> SensitivityTable:
+    return random_table(llama_modules(2), seed=0)
+
+
+def make_plan() -> BitPlan:
+    return allocate(make_sensitivity(), AllocateConfig(target_bpw=5.0))
+
+
+def make_fidelity(model: str = "model") -> Fidelity:
+    return Fidelity(
+        model=model,
+        against="source",
+        text="builtin",
+        window=256,
+        num_sequences=8,
+        num_tokens=2048,
+        kl_nats_per_token=0.0123,
+        kl_se=0.0009,
+        kl_p99=0.2,
+        top1_agreement=0.95,
+        perplexity_ratio=1.01,
+        noise_floor=1e-9,
+        bpw=4.99,
+        size_bytes=90_000_000,
+        by_domain=(DomainFidelity("prose", 0.01, 0.001, 0.96, 1024),),
+        provenance=PROVENANCE,
+    )
+
+
+def make_speed(model: str = "model") -> Speed:
+    return Speed(model, 512, 64, 3, 100.0, 20.0, 10**9, PROVENANCE)
+
+
+@dataclasses.dataclass
+class FakePipeline(types.ModuleType):
+    """`optiq.pipeline` with canned answers; `calls` holds name, arguments and keywords."""
+
+    calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = dataclasses.field(
+        default_factory=list
+    )
+    refusal: str | None = None
+    error: BaseException | None = None
+
+    def __post_init__(self) -> None:
+        super().__init__("optiq.pipeline")
+
+    def _note(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.calls.append((name, args, kwargs))
+        if self.error is not None:
+            raise self.error
+
+    def preflight(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls.append(("preflight", args, kwargs))
+        return types.SimpleNamespace(
+            rows=(("time", "2 min"), ("memory", "1 GB")), refusal=self.refusal
+        )
+
+    def measure(self, *args: Any) -> SensitivityTable:
+        self._note("measure", args, {})
+        return make_sensitivity()
+
+    def convert(self, source: str, out: Path, **kwargs: Any) -> Any:
+        self._note("convert", (source, out), kwargs)
+        return types.SimpleNamespace(
+            path=out, plan=make_plan(), fidelity=make_fidelity(str(out)), card=out / "README.md"
+        )
+
+    def judge(self, model: Path, *, baselines: tuple[Path, ...], **kwargs: Any) -> list[Fidelity]:
+        self._note("judge", (model,), {"baselines": baselines, **kwargs})
+        return [make_fidelity(str(path)) for path in (model, *baselines)]
+
+    def baseline(self, source: str, like: Path, out: Path, **kwargs: Any) -> Any:
+        self._note("baseline", (source, like, out), kwargs)
+        return types.SimpleNamespace(
+            path=out,
+            option=QuantOption("affine", 5, 64),
+            size_bytes=95 * 10**6,
+            like_bytes=9 * 10**7,
+        )
+
+    def bench(self, *args: Any) -> Speed:
+        self._note("bench", args, {})
+        return make_speed(str(args[0]))
+
+    def generate(self, *args: Any, **kwargs: Any) -> list[str]:
+        self._note("generate", args, kwargs)
+        return ["Blue ", "light."]
