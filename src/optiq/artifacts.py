@@ -7,6 +7,7 @@ validates it and refuses a schema newer than this version of optiq.
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import functools
 import json
 import os
@@ -100,7 +101,7 @@ class QuantOption:
         if text == "lattice":
             return LATTICE
         bits, slash, group = text.partition("/")
-        if slash and bits.isdigit() and group.isdigit():
+        if slash and bits.isdecimal() and group.isdecimal():
             option = cls("affine", int(bits), int(group))
             if option.bits in BITS and option.group_size in GROUP_SIZES:
                 return option
@@ -249,6 +250,9 @@ def _adapter(cls: Any) -> Any:  # noqa: ANN401
 class Artifact:
     """Mixin: JSON form of a frozen dataclass with a schema version."""
 
+    # JSON has no NaN and no infinity: they are written as strings, which validation reads back.
+    __pydantic_config__: ClassVar[dict[str, str]] = {"ser_json_inf_nan": "strings"}
+
     schema: ClassVar[str]
     schema_version: int
 
@@ -278,25 +282,29 @@ class Artifact:
             raise UsageError(
                 f"{path} does not exist; give the path of a {cls.schema} file"
             ) from None
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, RecursionError) as error:
             raise UsageError(f"{path} cannot be read as JSON ({error}); make it again") from None
         return cls.from_dict(data, str(path))
 
     @classmethod
     def from_dict(cls, data: object, where: str) -> Self:
         """Validate parsed JSON; `where` names it in errors."""
-        if not isinstance(data, dict) or data.pop("schema", None) != cls.schema:
+        if not isinstance(data, dict) or data.get("schema") != cls.schema:
             raise ArtifactMismatch(f"{where} is no {cls.schema} artifact of optiq")
         version = data.get("schema_version")
-        if not isinstance(version, int) or version > cls.schema_version:
+        if type(version) is not int or version < 1:
+            raise ArtifactMismatch(f"{where} has no schema version but {version!r}; make it again")
+        if version > cls.schema_version:
             raise ArtifactMismatch(
                 f"{where} has schema version {version}, this optiq reads up to "
                 f"{cls.schema_version}; update optiq"
             )
         try:
-            result: Self = _adapter(cls).validate_python(data)
+            result: Self = _adapter(cls).validate_python(
+                {k: v for k, v in data.items() if k != "schema"}
+            )
         except ValueError as error:
-            summary = " ".join(str(error).splitlines()[:3])
+            summary = " ".join(line.strip() for line in str(error).splitlines()[:3])
             raise ArtifactMismatch(f"{where} does not validate: {summary}") from None
         return result
 
@@ -445,3 +453,30 @@ class Speed(Artifact):
     peak_memory_bytes: int
     provenance: Provenance
     schema_version: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class RunRecord(Artifact):
+    """What tells one run from another that gives the same model; kept apart from the rest.
+
+    Attributes:
+        date: UTC, ISO 8601.
+        source_path: absolute path of a local source, else None.
+        tokenizer: absolute path of the tokenizer directory that was given, else None.
+    """
+
+    schema: ClassVar[str] = "optiq.run"
+    date: str
+    source_path: str | None
+    tokenizer: str | None
+    schema_version: int = 1
+
+    @classmethod
+    def now(cls, source: str, tokenizer: Path | None) -> Self:
+        """The record of a run that ends now."""
+        path = Path(source).expanduser()
+        return cls(
+            date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            source_path=str(path.resolve()) if path.exists() else None,
+            tokenizer=str(tokenizer.resolve()) if tokenizer else None,
+        )

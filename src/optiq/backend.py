@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import time
+from pathlib import Path
+from typing import cast
 
 from optiq import blas
+from optiq.errors import EngineFailure
 
 import mlx.core as mx  # isort: skip  after the BLAS, on purpose
 import mlx.nn as nn  # isort: skip
@@ -13,13 +16,16 @@ from mlx.utils import tree_flatten  # isort: skip
 
 __all__ = [
     "BLAS",
+    "array_note",
     "compute_dtype",
     "device_name",
     "gflops",
     "is_cpu",
+    "load_arrays",
     "memory_bytes",
     "mx",
     "nn",
+    "save_arrays",
     "tree_flatten",
 ]
 
@@ -46,6 +52,41 @@ def memory_bytes() -> int:
     """Memory of the device that MLX computes on: of the GPU if it has its own, else of the host."""
     own = None if is_cpu() else mx.device_info().get("total_memory")
     return int(own) if own else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def load_arrays(path: Path) -> dict[str, mx.array]:
+    """The arrays of a safetensors file, by name; read from disk when they are evaluated."""
+    return cast(dict[str, mx.array], mx.load(str(path)))
+
+
+def save_arrays(path: Path, arrays: dict[str, mx.array], about: str = "") -> None:
+    """Write a safetensors file so that it is whole or absent.
+
+    Args:
+        path: the file; its directory exists.
+        arrays: by name.
+        about: a word kept in the metadata, which `array_note` reads.
+
+    Raises:
+        EngineFailure: if the disk refuses.
+    """
+    temporary = path.with_suffix(".part.safetensors")
+    try:
+        mx.save_safetensors(str(temporary), arrays, {"about": about})
+    except RuntimeError as error:
+        temporary.unlink(missing_ok=True)
+        raise EngineFailure(
+            f"{path} cannot be written ({error}); free disk space and run again"
+        ) from None
+    temporary.replace(path)
+
+
+def array_note(path: Path) -> str:
+    """What `save_arrays` was told about the file."""
+    _, metadata = cast(
+        tuple[dict[str, mx.array], dict[str, str]], mx.load(str(path), return_metadata=True)
+    )
+    return metadata["about"]
 
 
 def gflops(size: int = 1024, seconds: float = 0.5) -> float:

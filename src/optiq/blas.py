@@ -17,6 +17,7 @@ from pathlib import Path
 from optiq import settings
 
 _CANDIDATES = ("libopenblas.so.0", "libopenblas.so", "libmkl_rt.so.3", "libmkl_rt.so.2")
+_SYMBOL = "cblas_sgemm"
 _BACKENDS = ("mlx-cpu", "mlx-cuda-12", "mlx-cuda-13", "mlx-metal")
 
 
@@ -54,12 +55,16 @@ def _load() -> str:
         return "MLX's own (mlx was imported before optiq)"
     for name in names:
         try:
-            ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
+            library = ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
         except OSError:
             continue
-        return Path(name).name
+        if hasattr(library, _SYMBOL):
+            return Path(name).name
     if choice != "auto":
-        text = f"OPTIQ_BLAS={choice} cannot be loaded; MLX's own BLAS is used"
+        text = (
+            f"OPTIQ_BLAS={choice} cannot be loaded or has no {_SYMBOL}, so MLX's own BLAS is used; "
+            f"give a BLAS library with the standard symbols, or 'auto'"
+        )
         warnings.warn(text, RuntimeWarning, stacklevel=4)
         return "MLX's own"
     return "MLX's reference BLAS (slow)"

@@ -96,6 +96,17 @@ class MeasureConfig:
         False, "Check the table by brute force on a random sample of module x option pairs."
     )
 
+    def __post_init__(self) -> None:
+        """Refuse what a method cannot honour."""
+        if self.method != "fisher" and self.reference != "source":
+            raise UsageError(
+                f"--reference {self.reference} works with --method fisher, not '{self.method}'"
+            )
+        if self.method != "fisher" and self.verify:
+            raise UsageError(f"--verify checks --method fisher; '{self.method}' has no need of it")
+        if self.extend_calibration and self.calibration is None:
+            raise UsageError("--extend-calibration needs --calibration FILE")
+
 
 @dataclasses.dataclass(frozen=True)
 class AllocateConfig:
@@ -144,6 +155,9 @@ class ConvertConfig:
 
     sensitivity: Path | None = option(None, "Use this sensitivity.json instead of measuring.")
     plan: Path | None = option(None, "Use this plan.json instead of allocating.")
+    rival: bool = option(
+        False, "Judge the uniform quantization that is not smaller beside it, for the card."
+    )
     force: bool = option(False, "Replace an output directory that optiq wrote before.")
 
 

@@ -115,12 +115,16 @@ class _Writable(Protocol):
 
 
 class PlainRenderer:
-    """Lines without control characters, at most one every `every_s` seconds a stage; with ETA."""
+    """Lines without control characters; progress with ETA, at most every `every_s` seconds.
+
+    The ETA counts what was done since the first progress: a resumed stage starts part done.
+    """
 
     def __init__(self, stream: _Writable, every_s: float = 10.0) -> None:
         self._stream = stream
         self._every_s = every_s
         self._started: dict[str, tuple[float, int]] = {}
+        self._before: dict[str, int] = {}
         self._last = 0.0
 
     def __enter__(self) -> Emit:
@@ -139,12 +143,14 @@ class PlainRenderer:
         match event:
             case StageStarted(stage, total, _):
                 self._started[stage] = (now, total)
+                self._before.pop(stage, None)
                 self._last = now
             case Progress(stage, done, detail):
                 start, total = self._started.get(stage, (now, 0))
+                before = self._before.setdefault(stage, done - 1)
                 if now - self._last >= self._every_s and 0 < done < total:
                     self._last = now
-                    eta = (now - start) / done * (total - done)
+                    eta = (now - start) / max(1, done - before) * (total - done)
                     self._line(f"  {stage}: {done}/{total}, {eta:.0f} s left {detail}".rstrip())
             case StageDone(stage, reused, detail):
                 start, _ = self._started.pop(stage, (now, 0))

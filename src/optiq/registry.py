@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Generic, TypeVar, cast
 
 from optiq.errors import UsageError
@@ -24,10 +24,19 @@ class Registry(Generic[T]):
     def __init__(self, kind: str, builtin: Mapping[str, str]) -> None:
         self.kind = kind
         self._targets = dict(builtin)
-        self._external = {e.name: e for e in entry_points(group=f"optiq.{kind}")}
-        clash = sorted(set(self._targets) & set(self._external))
-        if clash:
-            raise UsageError(f"a plug-in redefines the built-in {kind} {clash}; uninstall it")
+        self._external: dict[str, EntryPoint] = {}
+        for point in entry_points(group=f"optiq.{kind}"):
+            if point.name in self._targets:
+                raise UsageError(
+                    f"the plug-in {point.value} redefines the built-in {kind} '{point.name}'; "
+                    f"uninstall it"
+                )
+            other = self._external.setdefault(point.name, point)
+            if other != point:
+                raise UsageError(
+                    f"the plug-ins {other.value} and {point.value} are both {kind} "
+                    f"'{point.name}'; uninstall one"
+                )
 
     def names(self) -> list[str]:
         """All names, sorted."""

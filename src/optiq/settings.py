@@ -38,7 +38,7 @@ def load() -> Settings:
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Settings(
         cache_dir=Path(home).expanduser() if home else Path(base).expanduser() / "optiq",
-        blas=os.environ.get("OPTIQ_BLAS", "auto"),
+        blas=os.environ.get("OPTIQ_BLAS") or "auto",
         offline=_flag("OPTIQ_OFFLINE") or _flag("HF_HUB_OFFLINE"),
         hub_endpoint=os.environ.get("HF_ENDPOINT") or None,
         debug=_flag("OPTIQ_DEBUG"),

@@ -100,9 +100,11 @@ def import_gguf(path: Path, out: Path, tokenizer: Path | None = None, emit: Emit
     if out.exists():
         raise UsageError(f"{out} exists already; give another output path or delete it")
     file = open_gguf(path)
+    family_of(file)  # an unknown architecture is named before its types are
     _check_types(file)
     config = model_config(file)
     names = tensor_names(file)
+    _check_sizes(file, config)
     _check_shapes(file, names, config)
     config |= gguf_tokenizer.generation_ids(file, config["vocab_size"])
     with disk_failure(out.parent):
@@ -130,6 +132,30 @@ def _check_types(file: GGUFFile) -> None:
             raise UnsupportedModel(
                 f"{file.path}: tensor '{name}' is of type {tensor.tensor_type.name}; optiq reads "
                 f"{[kind.name for kind in _TYPES]}, so give another GGUF of this model"
+            )
+
+
+def _check_sizes(file: GGUFFile, config: dict[str, Any]) -> None:
+    """Refuse sizes that no tensor has, before a module tree is built of them."""
+    num_blocks = len({name.split(".")[1] for name in file.tensors if name.startswith("blk.")})
+    if config["num_hidden_layers"] > num_blocks:
+        raise UsageError(
+            f"{file.path} has tensors of {num_blocks} blocks, its metadata ask for "
+            f"{config['num_hidden_layers']}; get it whole"
+        )
+    dims = {dim for name in file.tensors for dim in file.shape(name)}
+    head_dim = config["head_dim"]
+    sizes = {
+        "embedding": config["hidden_size"],
+        "MLP": config["intermediate_size"],
+        "queries": config["num_attention_heads"] * head_dim,
+        "keys": config["num_key_value_heads"] * head_dim,
+    }
+    for what, size in sizes.items():
+        if size not in dims:
+            raise UsageError(
+                f"{file.path}: its metadata make the {what} {size} wide, but no tensor has this "
+                f"dimension; convert the model again"
             )
 
 
@@ -214,13 +240,18 @@ def _encoded(path: Path, weight: _Weight, dtype: Dtype) -> Iterator[memoryview]:
 
 def _unpacked(weight: _Weight) -> Iterator[npt.NDArray[np.float32]]:
     """Values of a tensor, float32, some rows at a time."""
-    data, kind = weight.packed.data, weight.packed.tensor_type
     if len(weight.shape) == 1:
-        yield dequantize(data, kind)[weight.order] - weight.offset
+        yield _dequantized(weight, weight.packed.data)[weight.order]
         return
     step = max(1, _CHUNK_VALUES // weight.shape[-1])
     for start in range(0, len(weight.order), step):
-        yield dequantize(data[weight.order[start : start + step]], kind) - weight.offset
+        yield _dequantized(weight, weight.packed.data[weight.order[start : start + step]])
+
+
+def _dequantized(weight: _Weight, data: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    with np.errstate(all="ignore"):  # what is not finite is refused later
+        values: npt.NDArray[np.float32] = dequantize(data, weight.packed.tensor_type)
+        return values - weight.offset
 
 
 def _write_configs(config: dict[str, Any], folder: Path) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from gguf.quants import dequantize
 
 from optiq.errors import UnsupportedModel, UsageError
-from optiq.models.gguf_file import GGUFFile
+from optiq.models.gguf_file import GGUFFile, short
 
 EMBEDDING = "token_embd.weight"
 HEAD = "output.weight"
@@ -131,8 +131,8 @@ def family_of(file: GGUFFile) -> Family:
     name = file.architecture
     if name not in FAMILIES:
         raise UnsupportedModel(
-            f"{file.path} is of architecture '{name}'; of GGUF files optiq reads {list(FAMILIES)}, "
-            f"so give a Hugging Face directory instead"
+            f"{file.path} is of architecture {short(name)}; of GGUF files optiq reads "
+            f"{list(FAMILIES)}, so give a Hugging Face directory instead"
         )
     return FAMILIES[name]
 
@@ -161,7 +161,7 @@ def model_config(file: GGUFFile) -> dict[str, Any]:
         "num_attention_heads": heads,
         "num_key_value_heads": reader.positive("attention.head_count_kv", heads),
         "head_dim": head_dim,
-        "rms_norm_eps": file.required(reader.key("attention.layer_norm_rms_epsilon"), float),
+        "rms_norm_eps": reader.number("attention.layer_norm_rms_epsilon"),
         "max_position_embeddings": reader.positive("context_length"),
         "rope_theta": reader.number("rope.freq_base", 10000.0),
         "vocab_size": _vocab_size(file),
@@ -214,11 +214,16 @@ class _Reader:
     def key(self, suffix: str) -> str:
         return f"{self.file.architecture}.{suffix}"
 
-    def has(self, suffix: str) -> bool:
-        return self.key(suffix) in self.file.fields
-
-    def number(self, suffix: str, default: float) -> float:
-        return self.file.optional(self.key(suffix), float, default)
+    def number(self, suffix: str, default: float | None = None) -> float:
+        """A positive number; required without a default."""
+        key = self.key(suffix)
+        if default is None:
+            value = self.file.required(key, float)
+        else:
+            value = self.file.optional(key, float, default)
+        if not 0.0 < value < math.inf:
+            raise UsageError(f"{self.file.path}: '{key}' is {value}; convert the model again")
+        return value
 
     def positive(self, suffix: str, default: int | None = None) -> int:
         """A number of things; required without a default."""
@@ -249,8 +254,8 @@ class _Reader:
 
     def unsupported(self, suffix: str, value: object) -> UnsupportedModel:
         return UnsupportedModel(
-            f"{self.file.path}: '{self.key(suffix)}' = {value} is not supported; give a Hugging "
-            f"Face directory instead"
+            f"{self.file.path}: '{self.key(suffix)}' = {short(value)} is not supported; give a "
+            f"Hugging Face directory instead"
         )
 
 
@@ -307,7 +312,7 @@ def _rope_scaling(reader: _Reader, head_dim: int, theta: float) -> dict[str, Any
         return scaling
     if scaling is not None:
         raise UnsupportedModel(
-            f"{reader.file.path} has both '{ROPE_FACTORS}' and {kind} rope scaling, which "
+            f"{reader.file.path} has both '{ROPE_FACTORS}' and {short(kind)} rope scaling, which "
             f"contradict; give a Hugging Face directory instead"
         )
     return _llama3_scaling(reader, head_dim, theta)

@@ -6,7 +6,6 @@ import dataclasses
 import enum
 import json
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +57,8 @@ class _PreTokenizer:
     adds_bos: bool = False
 
 
-# SmolLM's vocabulary joins no digits, so the ids are the same without its splitter of digits.
+# llama.cpp cuts "smollm" at every digit first; the tokenizer.json of SmolLM2 that optiq is held to
+# does not, which shows where several spaces stand before a digit.
 _GPT2 = _PreTokenizer()
 _PRE_TOKENIZERS = {
     "default": _GPT2,
@@ -153,7 +153,7 @@ def write_tokenizer(file: GGUFFile, vocab_size: int, out: Path, emit: Emit) -> N
         )
     model = file.required("tokenizer.ggml.model", str)
     if model not in {"gpt2", "llama"}:
-        raise UnsupportedModel(f"{file.path}: tokenizer model '{model}' is not supported; {_HINT}")
+        raise UnsupportedModel(f"{file.path}: tokenizer model {model!r} is not supported; {_HINT}")
     vocabulary = _Vocabulary(file, tokens)
     if model == "gpt2":
         tokenizer, adds_bos = _byte_level(file, vocabulary, emit)
@@ -253,7 +253,7 @@ class _Vocabulary:
             bpe = models.BPE(self.ids, merges, unk_token=unk, fuse_unk=True, **options)
         except Exception as error:  # noqa: BLE001  the library raises plain Exception
             raise UsageError(
-                f"the vocabulary of {self._file.path} is damaged ({error}); {_HINT}"
+                f"the vocabulary of {self._file.path} is damaged ({str(error)!r}); {_HINT}"
             ) from None
         return Tokenizer(bpe)
 
@@ -267,7 +267,7 @@ def _byte_level(file: GGUFFile, vocabulary: _Vocabulary, emit: Emit) -> tuple[To
     name = file.optional("tokenizer.ggml.pre", str, "default")
     if name not in _PRE_TOKENIZERS:
         raise UnsupportedModel(
-            f"{file.path}: pre-tokenizer '{name}' is not supported (there are "
+            f"{file.path}: pre-tokenizer {name!r} is not supported (there are "
             f"{list(_PRE_TOKENIZERS)}); {_HINT}"
         )
     if name == "default":
@@ -323,19 +323,16 @@ def _add_ends(
             f"{file.path} adds {missing[0].upper()} to every text but lacks "
             f"'{_ROLES[missing[0]]}'; {_HINT}"
         )
-    texts = {role: vocabulary.tokens[ids[role]] for role, is_wanted in wanted.items() if is_wanted}
-    if texts:
-        single = [*_piece(texts, "bos"), "$A", *_piece(texts, "eos")]
-        pair = [*single, *_piece(texts, "bos"), "$B:1", *_piece(texts, "eos")]
+    bos, eos = ([role] if is_wanted else [] for role, is_wanted in wanted.items())
+    if bos or eos:
         tokenizer.post_processor = processors.TemplateProcessing(
-            single=single,
-            pair=pair,
-            special_tokens=[(text, ids[role]) for role, text in texts.items()],
+            single=[*bos, "$A", *eos],
+            pair=[*bos, "$A", *eos, *bos, "$B:1", *eos],
+            special_tokens=[
+                {"id": role, "ids": [ids[role]], "tokens": [vocabulary.tokens[ids[role]]]}
+                for role in (*bos, *eos)
+            ],
         )
-
-
-def _piece(texts: dict[str, str], role: str) -> Iterable[str]:
-    return [texts[role]] if role in texts else []
 
 
 def _write_config(file: GGUFFile, tokenizer: Tokenizer, ids: dict[str, int], out: Path) -> None:

@@ -1,16 +1,14 @@
-"""The output head a slice of the vocabulary at a time, so that nothing of its size times the tokens
-is kept.
-"""
+"""The output head by slices of the vocabulary: nothing of its size times the tokens is kept."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Generator, Sequence
 
 from optiq.artifacts import ModuleInfo
 from optiq.backend import mx, nn
 from optiq.errors import UnsupportedModel
+from optiq.models.modules import module_at
 
 
 def head_of(modules: Sequence[ModuleInfo]) -> ModuleInfo:
@@ -38,11 +36,8 @@ class HeadSlices:
 
     def __init__(self, model: nn.Module, modules: Sequence[ModuleInfo]) -> None:
         self.info = head_of(modules)
-        node: Any = model
-        for part in self.info.path.split("."):
-            node = node[int(part)] if isinstance(node, list) else getattr(node, part)
-        self._module: nn.Module = node
-        self._names = [name for name in ("weight", "bias") if name in node]
+        self._module = module_at(model, self.info.path)
+        self._names = [name for name in ("weight", "bias") if name in self._module]
 
     @property
     def vocab_size(self) -> int:
@@ -50,11 +45,11 @@ class HeadSlices:
         return self.info.shape[0]
 
     @contextlib.contextmanager
-    def slice(self, start: int, stop: int) -> Iterator[None]:
+    def slice(self, start: int, stop: int) -> Generator[None]:
         """Within the context the head has only the rows [start, stop): so have the logits.
 
-        What a model does to its logits is elementwise (scale, soft-cap), so the slices of the logits
-        are the logits of the slices.
+        What a model does to its logits is elementwise (scale, soft-cap), so the slices of the
+        logits are the logits of the slices.
         """
         whole: dict[str, mx.array] = {name: self._module[name] for name in self._names}
         try:

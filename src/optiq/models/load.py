@@ -9,23 +9,23 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import json
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from optiq import hub, settings
 from optiq.artifacts import ModuleInfo, SourceInfo
-from optiq.backend import mx, nn, tree_flatten
+from optiq.backend import load_arrays, mx, nn
 from optiq.configs import RunConfig
 from optiq.errors import UnsupportedModel, UsageError
 from optiq.events import Emit, Notice, no_emit
 from optiq.models.gguf import import_gguf
-from optiq.models.modules import find_modules
+from optiq.models.modules import find_modules, parameters_of
 from optiq.models.safetensors_io import fingerprint, read_headers
-from optiq.upstream import TokenizerWrapper, build_model, load_config, tokenizer_of
+from optiq.upstream import TokenizerWrapper, build_model, load_config
 
-_FLOATS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+from mlx_lm.utils import load_tokenizer as load_mlx_tokenizer  # isort: skip  after the BLAS
+
 _DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
 
 
@@ -39,7 +39,9 @@ class Source:
         info: name, fingerprint, dtype and sizes, as artifacts record them.
         modules: the matrices that can be quantized.
         parameters: names and shapes of all parameters of the module tree.
-        dequantize: applied to the weights after `sanitize`; makes a quantized directory dense.
+        tokenizer_path: directory of the tokenizer.
+        shards: the weight files.
+        quantization: settings of a quantized MLX directory, which is read as dense float32.
     """
 
     path: Path
@@ -48,7 +50,8 @@ class Source:
     modules: tuple[ModuleInfo, ...]
     parameters: dict[str, tuple[int, ...]]
     tokenizer_path: Path
-    dequantize: Callable[[dict[str, mx.array]], dict[str, mx.array]] | None = None
+    shards: tuple[Path, ...]
+    quantization: dict[str, Any] | None = None
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -56,21 +59,25 @@ class Source:
         return _DTYPES[self.info.dtype]
 
     def weights(self) -> dict[str, mx.array]:
-        """Fresh lazy arrays of every parameter, by its name in the module tree."""
-        raw = _load_raw(self.path)
-        if self.dequantize is not None:
-            raw = self.dequantize(raw)
-        return _sanitized(self._tree, raw)
+        """Fresh lazy arrays of every parameter, by its name in the module tree.
 
-    @functools.cached_property
-    def _tree(self) -> nn.Module:
-        return build_model(self.config)
+        Matrices that can be quantized are in `dtype`; a few of another one are cast.
+        """
+        return self._weights_of(build_model(self.config))
 
     def model(self) -> nn.Module:
         """The module tree with lazy weights."""
         model = build_model(self.config)
-        model.load_weights(list(self.weights().items()), strict=True)
+        model.load_weights(list(self._weights_of(model).items()), strict=True)
         return model
+
+    def _weights_of(self, model: nn.Module) -> dict[str, mx.array]:
+        """Weights of a fresh tree, to which `sanitize` does what it must."""
+        weights = _read(self.shards, model, self.quantization)
+        for module in self.modules:
+            name = f"{module.path}.weight"
+            weights[name] = weights[name].astype(self.dtype)
+        return weights
 
     @functools.cached_property
     def tokenizer(self) -> TokenizerWrapper:
@@ -83,7 +90,7 @@ class Source:
 
 
 def load_tokenizer(path: Path, config: dict[str, Any]) -> TokenizerWrapper:
-    """Tokenizer of a directory.
+    """Tokenizer of a directory, with the eos ids of its config. Code that it brings is never run.
 
     Raises:
         UsageError: if there is none or it cannot be read.
@@ -92,7 +99,12 @@ def load_tokenizer(path: Path, config: dict[str, Any]) -> TokenizerWrapper:
     if not any((path / name).is_file() for name in names):
         raise UsageError(f"{path} has no tokenizer; add tokenizer.json or give --tokenizer DIR")
     try:
-        return tokenizer_of(path, config)
+        # without a word transformers would ask at the terminal, and run the code on a yes
+        never = {"trust_remote_code": False}
+        return cast(
+            TokenizerWrapper,
+            load_mlx_tokenizer(path, never, eos_token_ids=config.get("eos_token_id")),
+        )
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(
@@ -100,19 +112,34 @@ def load_tokenizer(path: Path, config: dict[str, Any]) -> TokenizerWrapper:
         ) from None
 
 
-def _load_raw(path: Path) -> dict[str, mx.array]:
+def _read(
+    shards: Sequence[Path], model: nn.Module, quantization: dict[str, Any] | None
+) -> dict[str, mx.array]:
+    """Lazy arrays of weight files under the names of the tree.
+
+    Args:
+        shards: the files.
+        model: a fresh tree; a family's `sanitize` may change it, as by dropping a head that the
+            checkpoint has not.
+        quantization: of config.json, where the files are quantized.
+
+    Raises:
+        UnsupportedModel: if the family's `sanitize` misses a tensor.
+        UsageError: if the files cannot be read.
+    """
     raw: dict[str, mx.array] = {}
-    for file in sorted(path.glob("model*.safetensors")):
-        raw.update(mx.load(str(file)))
-    return raw
-
-
-def _sanitized(model: nn.Module, raw: dict[str, mx.array]) -> dict[str, mx.array]:
+    for file in shards:
+        try:
+            raw |= load_arrays(file)
+        except RuntimeError as error:
+            raise UsageError(f"{file} cannot be read: {error}") from None
+    if quantization is not None:
+        raw = _dense(raw, parameters_of(model), quantization)
     if not hasattr(model, "sanitize"):
         return raw
     try:
         weights: dict[str, mx.array] = model.sanitize(raw)
-    except (KeyError, ValueError, IndexError, TypeError) as error:
+    except (KeyError, ValueError, IndexError, TypeError, RuntimeError) as error:
         raise UnsupportedModel(
             f"a tensor that this model_type needs is missing or has the wrong shape: {error}"
         ) from None
@@ -128,8 +155,8 @@ def open_source(ref: str, run: RunConfig | None = None, emit: Emit = no_emit) ->
         emit: receives progress of downloads and imports.
 
     Raises:
-        UsageError: if it does not exist, is quantized already, or has missing, unexpected or wrongly
-            shaped tensors.
+        UsageError: if it does not exist, is quantized already, or has missing, unexpected or
+            wrongly shaped tensors.
         UnsupportedModel: if its kind is not supported.
 
     Cost: reads headers only; a GGUF file is first rewritten as a directory in the cache.
@@ -144,11 +171,21 @@ def open_source(ref: str, run: RunConfig | None = None, emit: Emit = no_emit) ->
         offline = run.offline or settings.load().offline
         path, revision = hub.fetch(ref, revision=run.revision, offline=offline, emit=emit)
     config = read_config(path)
-    if config.get("quantization") or config.get("quantization_config"):
+    told = _says_quantized(path, config)
+    if told:
         raise UsageError(
-            f"{ref} is quantized already (config.json says so); give the unquantized checkpoint"
+            f"{ref} is quantized already ({told} says so); give the unquantized checkpoint"
         )
-    return _open(ref, path, revision, config, run.tokenizer)
+    return _open(_Named(ref, path, revision, run.tokenizer or path), config)
+
+
+def _says_quantized(path: Path, config: dict[str, Any]) -> str | None:
+    """The file that says that a checkpoint is quantized."""
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, dict) else {}):
+        if part.get("quantization") or part.get("quantization_config"):
+            return "config.json"
+    return "hf_quant_config.json" if (path / "hf_quant_config.json").is_file() else None
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -163,8 +200,10 @@ def read_config(path: Path) -> dict[str, Any]:
         raise UsageError(
             f"{path} has no config.json; give a Hugging Face model directory"
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
-        raise UsageError(f"{path / 'config.json'} cannot be read: {error}") from None
+    except (ValueError, OSError, TypeError, AttributeError, RecursionError) as error:
+        raise UsageError(
+            f"config.json or generation_config.json of {path} cannot be read: {error}"
+        ) from None
     if not isinstance(config, dict):
         raise UsageError(f"{path / 'config.json'} is not a JSON object")
     return config
@@ -184,39 +223,56 @@ def _imported(path: Path, run: RunConfig, emit: Emit) -> Path:
     return out
 
 
+@dataclasses.dataclass(frozen=True)
+class _Named:
+    """What the user named, and where it lies."""
+
+    ref: str
+    path: Path
+    revision: str | None
+    tokenizer: Path
+
+
 def _open(
-    ref: str, path: Path, revision: str | None, config: dict[str, Any], tokenizer: Path | None
+    named: _Named, config: dict[str, Any], quantization: dict[str, Any] | None = None
 ) -> Source:
-    headers = read_headers(path)
-    floats = {h.dtype for h in headers.values() if len(h.shape) > 1}
-    unknown = sorted(floats - set(_FLOATS))
-    if unknown:
-        raise UsageError(f"{ref} holds tensors of dtype {unknown}; give a bf16, f16 or f32 source")
-    sizes = {d: sum(h.size_bytes for h in headers.values() if h.dtype == d) for d in floats}
-    dtype = _FLOATS[max(sizes, key=lambda d: (sizes[d], d))]
+    headers = read_headers(named.path)
+    shards = tuple(dict.fromkeys(header.file for header in headers.values()))
     model = build_model(config)
-    expected = {name: tuple(value.shape) for name, value in tree_flatten(model.parameters())}
-    sanitized = _sanitized(model, _load_raw(path))
-    given = {name: tuple(value.shape) for name, value in sanitized.items()}
-    _check_strict(ref, expected, given)
+    weights = _read(shards, model, quantization)
+    expected = {name: tuple(value.shape) for name, value in parameters_of(model).items()}
+    given = {name: tuple(value.shape) for name, value in weights.items()}
+    _check_strict(named.ref, expected, given)
     modules = find_modules(model, config)
-    quantizable = {f"{m.path}.weight" for m in modules}
-    itemsize = 4 if dtype == "float32" else 2
-    fixed = sum(
-        functools.reduce(lambda a, b: a * b, shape, itemsize)
-        for name, shape in expected.items()
-        if name not in quantizable
-    )
+    matrices = {f"{module.path}.weight" for module in modules}
     info = SourceInfo(
-        name=ref,
-        revision=revision,
-        fingerprint=fingerprint(path),
+        name=named.ref,
+        revision=named.revision,
+        fingerprint=fingerprint(named.path),
         model_type=str(config["model_type"]),
-        dtype=dtype,
-        size_bytes=sum(h.size_bytes for h in headers.values()),
-        fixed_bytes=fixed,
+        dtype=_main_dtype(named.ref, weights) if quantization is None else "float32",
+        size_bytes=sum(header.size_bytes for header in headers.values()),
+        fixed_bytes=sum(v.nbytes for name, v in weights.items() if name not in matrices),
     )
-    return Source(path, config, info, modules, expected, tokenizer or path)
+    return Source(
+        named.path, config, info, modules, expected, named.tokenizer, shards, quantization
+    )
+
+
+def _main_dtype(ref: str, weights: dict[str, mx.array]) -> str:
+    """Dtype of most bytes of the matrices."""
+    sizes: dict[str, int] = {}
+    for value in weights.values():
+        if value.ndim > 1:
+            name = str(value.dtype).rpartition(".")[2]
+            sizes[name] = sizes.get(name, 0) + value.nbytes
+    unknown = sorted(set(sizes) - set(_DTYPES))
+    if unknown or not sizes:
+        raise UsageError(
+            f"{ref} holds matrices of dtype {', '.join(unknown) or 'none'}; give a source in "
+            f"bfloat16, float16 or float32"
+        )
+    return max(sizes, key=lambda name: (sizes[name], name))
 
 
 def _check_strict(
@@ -233,7 +289,8 @@ def _check_strict(
     for name, shape in expected.items():
         if given[name] != shape:
             raise UsageError(
-                f"'{name}' of {ref} has shape {list(given[name])}, the config asks for {list(shape)}"
+                f"'{name}' of {ref} has shape {list(given[name])}, the config asks for "
+                f"{list(shape)}"
             )
 
 
@@ -247,60 +304,61 @@ def open_quantized(path: Path) -> Source:
             affine.
     """
     config = read_config(path)
-    quantization = config.get("quantization") or {}
+    quantization = config.get("quantization")
     dense = {k: v for k, v in config.items() if k not in {"quantization", "quantization_config"}}
-    headers = read_headers(path)
-    model = build_model(dense)
-    expected = {name: tuple(value.shape) for name, value in tree_flatten(model.parameters())}
-    settings_of = {name: quantization.get(name) for name in quantization}
-    modules = find_modules(model, dense)
-    fixed = sum(h.size_bytes for n, h in headers.items() if n.rpartition(".")[0] not in settings_of)
-    info = SourceInfo(
-        name=str(path),
-        revision=None,
-        fingerprint=fingerprint(path),
-        model_type=str(dense["model_type"]),
-        dtype="float32",
-        size_bytes=sum(h.size_bytes for h in headers.values()),
-        fixed_bytes=fixed,
-    )
-
-    def dequantize(raw: dict[str, mx.array]) -> dict[str, mx.array]:
-        out = {}
-        for name, value in raw.items():
-            stem, _, leaf = name.rpartition(".")
-            if leaf in {"scales", "biases"} and f"{stem}.weight" in raw:
-                continue
-            if leaf == "weight" and f"{stem}.scales" in raw:
-                value = _dequantized(stem, raw, expected, quantization)
-            out[name] = value
-        return out
-
-    source = Source(path, dense, info, modules, expected, path, dequantize)
-    given = {name: tuple(value.shape) for name, value in source.weights().items()}
-    _check_strict(str(path), expected, given)
-    return source
+    named = _Named(str(path), path, None, path)
+    return _open(named, dense, quantization if isinstance(quantization, dict) else {})
 
 
-def _dequantized(
-    stem: str,
-    raw: dict[str, mx.array],
-    expected: dict[str, tuple[int, ...]],
-    quantization: dict[str, Any],
-) -> mx.array:
-    chosen = quantization.get(stem)
-    mode = (chosen or quantization).get("mode", quantization.get("mode", "affine"))
-    if mode != "affine":
-        raise UsageError(f"{stem} is stored in mode '{mode}'; optiq judges affine models only")
-    in_dims = expected[f"{stem}.weight"][-1]
-    scales = raw[f"{stem}.scales"]
-    return mx.dequantize(
-        raw[f"{stem}.weight"],
-        scales.astype(mx.float32),
-        raw[f"{stem}.biases"].astype(mx.float32),
-        group_size=in_dims // scales.shape[-1],
-        bits=raw[f"{stem}.weight"].shape[-1] * 32 // in_dims,
-    )
+def _dense(
+    raw: dict[str, mx.array], tree: dict[str, mx.array], quantization: dict[str, Any]
+) -> dict[str, mx.array]:
+    """Stored tensors with dense float32 weights in place of codes, scales and biases.
+
+    Args:
+        raw: stored tensors.
+        tree: parameters of the dense tree, of which the shapes are used.
+        quantization: of config.json.
+
+    Raises:
+        UsageError: if a matrix is stored in another mode than affine, or its shapes do not fit.
+    """
+    quantized = {
+        stem
+        for stem in (name.removesuffix(".scales") for name in raw if name.endswith(".scales"))
+        if f"{stem}.weight" in raw and f"{stem}.weight" in tree
+    }
+    codes = {f"{stem}.{leaf}" for stem in quantized for leaf in ("weight", "scales", "biases")}
+    out = {name: value for name, value in raw.items() if name not in codes}
+    for stem in sorted(quantized):
+        chosen = quantization.get(stem)
+        chosen = chosen if isinstance(chosen, dict) else {}
+        mode = chosen.get("mode", quantization.get("mode", "affine"))
+        if mode != "affine":
+            raise UsageError(f"{stem} is stored in mode '{mode}'; optiq judges affine models only")
+        if f"{stem}.biases" not in raw:
+            raise UsageError(f"'{stem}.biases' is missing; get the model again")
+        parts = [raw[f"{stem}.{leaf}"] for leaf in ("weight", "scales", "biases")]
+        out[f"{stem}.weight"] = _dequantized(stem, parts, tuple(tree[f"{stem}.weight"].shape))
+    return out
+
+
+def _dequantized(stem: str, parts: list[mx.array], shape: tuple[int, ...]) -> mx.array:
+    """The float32 matrix of codes, scales and biases; group size and bits follow from shapes."""
+    codes, scales, biases = parts
+    try:
+        return mx.dequantize(
+            codes,
+            scales.astype(mx.float32),
+            biases.astype(mx.float32),
+            group_size=shape[-1] // scales.shape[-1],
+            bits=codes.shape[-1] * 32 // shape[-1],
+        )
+    except (ValueError, ZeroDivisionError) as error:
+        raise UsageError(
+            f"codes, scales and biases of '{stem}' do not fit together ({error}); get the model "
+            f"again"
+        ) from None
 
 
 def size_on_disk(path: Path) -> int:

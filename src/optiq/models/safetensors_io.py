@@ -130,12 +130,17 @@ def _weight_map(directory: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise UsageError(f"{index} has no weight_map; download it again")
     for shard in weight_map.values():
-        if not isinstance(shard, str) or Path(shard).name != shard or "\\" in shard:
+        if not isinstance(shard, str) or not _is_file_name(shard):
             raise UsageError(
                 f"{index} names the shard {shard!r}, which is no file name inside the directory; "
                 f"do not trust this model"
             )
     return weight_map
+
+
+def _is_file_name(name: str) -> bool:
+    """Whether a name stays in its directory."""
+    return Path(name).name == name and name not in {"", ".", ".."} and "\\" not in name
 
 
 def _shards(directory: Path, weight_map: dict[str, str]) -> list[Path]:
@@ -198,7 +203,7 @@ def _read_shard(path: Path) -> list[TensorHeader]:
         with path.open("rb") as file:
             size_bytes = os.fstat(file.fileno()).st_size
             text = _header_bytes(file, size_bytes)
-        entries = json.loads(text, object_pairs_hook=_unique)
+        entries = json.loads(text.decode(), object_pairs_hook=_unique)
         if not isinstance(entries, dict):
             raise ValueError("the header is not a JSON object")
         entries.pop(_METADATA_KEY, None)
@@ -355,6 +360,7 @@ class ShardWriter:
         shard_bytes: data bytes after which a new shard begins.
 
     Raises:
+        ValueError: if two tensors have one name.
         EngineFailure: from every method, when the disk is full or refuses a write.
     """
 
@@ -362,6 +368,9 @@ class ShardWriter:
         self, directory: Path, tensors: Iterable[TensorSpec], shard_bytes: int = SHARD_BYTES
     ) -> None:
         self._directory = directory
+        tensors = list(tensors)
+        if len({tensor.name for tensor in tensors}) < len(tensors):
+            raise ValueError("two tensors have the same name")
         self._shards = _split(tensors, shard_bytes)
         self._waiting = iter([(t, i) for i, shard in enumerate(self._shards) for t in shard])
         self._file: IO[bytes] | None = None
@@ -371,13 +380,14 @@ class ShardWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
-        if kind is not None:
+        try:
+            if kind is None:
+                with disk_failure(self._directory):
+                    self._finish()
+        finally:
             if self._file is not None:
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(OSError):  # what it would say was said before
                     self._file.close()
-            return
-        with disk_failure(self._directory):
-            self._finish()
 
     def write(self, name: str, chunks: Iterable[bytes | memoryview]) -> None:
         """Write the next tensor.

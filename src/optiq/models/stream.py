@@ -4,25 +4,48 @@ The model's own `__call__` drives: each block of its `layers` list is replaced b
 the block, runs it over all sequences in micro-batches, writes the outputs to the work directory and
 drops the weights. What a slot returns to the model is poison (NaN of the right shape, no memory),
 because the true outputs are on disk: an array that reaches a later block through code between the
-blocks is then NaN, and refused by name instead of being given a wrong gradient.
+blocks is then NaN, and refused by name instead of being given a wrong gradient. Before a block
+runs, a witness (the same call with another number of sequences, and noise in place of the earlier
+outputs) shows which arrays have a row for each sequence, and that outputs came as they were given.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import hashlib
+import itertools
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from optiq.artifacts import write_atomic
-from optiq.backend import compute_dtype, mx, nn
-from optiq.errors import EngineFailure, UnsupportedModel, UsageError
+from optiq.backend import compute_dtype, load_arrays, mx, nn, save_arrays
+from optiq.errors import UnsupportedModel, UsageError
+from optiq.models.head import HeadSlices
+from optiq.models.links import (
+    BlockCall,
+    Link,
+    Tracer,
+    Tree,
+    collected,
+    is_float,
+    map_tree,
+    merged_outputs,
+    noise,
+    poison,
+    run_block,
+)
 from optiq.models.load import Source
+from optiq.models.modules import parameters_of
+from optiq.models.safetensors_io import disk_failure
 from optiq.models.taps import Call, tapped
 
+__all__ = ["BlockCall", "Link", "StreamedModel"]
+
 _BATCH_TOKENS = 1024
+_FORMAT = 2  # of the work directory
 
 
 class _Slot:
@@ -38,91 +61,11 @@ class _Slot:
         return getattr(self._block, name)
 
 
-@dataclasses.dataclass(frozen=True)
-class Link:
-    """Where an input of a block comes from.
+class _Reached(Exception):
+    """Ends a drive at the block whose arguments are wanted."""
 
-    Attributes:
-        kind: `out` (output `leaf` of block `index`), `pro` (array `leaf` computed before the blocks)
-            or `const` (array `leaf` that carries no gradient, such as a mask).
-    """
-
-    kind: str
-    index: int
-    leaf: int
-
-
-@dataclasses.dataclass
-class BlockCall:
-    """How the model calls one block, as JSON-able trees in which links stand for arrays."""
-
-    args: Any
-    kwargs: Any
-    result: Any
-    result_shapes: list[tuple[list[int], str]]
-
-    def links(self) -> list[Link]:
-        """Links of all differentiable inputs, each once."""
-        found: list[Link] = []
-        _walk((self.args, self.kwargs), found.append)
-        return [
-            link for n, link in enumerate(found) if link.kind != "const" and link not in found[:n]
-        ]
-
-
-def _walk(tree: Any, visit: Callable[[Link], None]) -> None:  # noqa: ANN401  a nested tree
-    if isinstance(tree, Link):
-        visit(tree)
-    elif isinstance(tree, (list, tuple)):
-        for item in tree:
-            _walk(item, visit)
-    elif isinstance(tree, dict):
-        for item in tree.values():
-            _walk(item, visit)
-
-
-def _map(tree: Any, leaf: Callable[[Any], Any]) -> Any:  # noqa: ANN401  a nested tree
-    """Rebuild a tree of lists, tuples and dicts with every other node replaced."""
-    if isinstance(tree, tuple):
-        return tuple(_map(item, leaf) for item in tree)
-    if isinstance(tree, list):
-        return [_map(item, leaf) for item in tree]
-    if isinstance(tree, dict):
-        return {key: _map(item, leaf) for key, item in tree.items()}
-    return leaf(tree)
-
-
-def _encode(tree: Any) -> Any:  # noqa: ANN401  a nested tree
-    if isinstance(tree, Link):
-        return {"link": dataclasses.astuple(tree)}
-    if isinstance(tree, tuple):
-        return {"tuple": [_encode(item) for item in tree]}
-    if isinstance(tree, list):
-        return {"list": [_encode(item) for item in tree]}
-    if isinstance(tree, dict):
-        return {"dict": {key: _encode(item) for key, item in tree.items()}}
-    if tree is None or isinstance(tree, (bool, int, float, str)):
-        return {"value": tree}
-    raise UnsupportedModel(
-        f"a block of this model takes or returns a {type(tree).__name__}, which optiq cannot follow"
-    )
-
-
-def _decode(node: dict[str, Any]) -> Any:  # noqa: ANN401  a nested tree
-    ((kind, value),) = node.items()
-    if kind == "link":
-        return Link(*value)
-    if kind == "tuple":
-        return tuple(_decode(item) for item in value)
-    if kind == "list":
-        return [_decode(item) for item in value]
-    if kind == "dict":
-        return {key: _decode(item) for key, item in value.items()}
-    return value
-
-
-def _is_float(array: mx.array) -> bool:
-    return bool(mx.issubdtype(array.dtype, mx.floating))
+    def __init__(self, given: Tree) -> None:
+        self.given = given
 
 
 def _block_list(model: nn.Module) -> tuple[str, list[Any]]:
@@ -135,6 +78,11 @@ def _block_list(model: nn.Module) -> tuple[str, list[Any]]:
     raise UnsupportedModel("this model has no list of blocks that optiq can stream")
 
 
+def _rows_of(link: Link, array: mx.array, rows: slice) -> mx.array:
+    """The rows of an array if it has rows; always a new Python object, which may be written to."""
+    return array[rows] if link.batched else array[...]
+
+
 class StreamedModel:
     """A source run block by block over one batch of sequences.
 
@@ -142,10 +90,18 @@ class StreamedModel:
         source: where weights come from.
         tokens: (N, T) int32, the calibration or held-out windows, all of one length.
         work: directory for the activations between blocks; a finished block found there is not run
-            again, so a killed run goes on where it stopped.
+            again, so a killed run goes on where it stopped. What another source, other tokens or
+            another dtype left there is not used.
         overrides: dense weights that replace those of the source, by parameter name.
 
-    Cost: memory of one block, one boundary of N x T hidden states and one micro-batch.
+    Attributes:
+        dtype: of weights and activations; may be set before `forward`.
+        batch: sequences in a micro-batch; 1 for a model with experts, so that the rows an expert
+            gets in one call are of one sequence.
+        calls: how the model calls each block, once `forward` has run.
+
+    Cost: memory of one block, one boundary of N x T hidden states and one micro-batch. The weights
+        are opened once for every block and once for the ends, in each pass.
     """
 
     def __init__(
@@ -160,109 +116,144 @@ class StreamedModel:
         self._overrides = overrides
         self.model = source.model()
         self.model.train()  # expert indices are kept out of the gradient only in training mode
+        self._drop(self.model, lambda _: True)
         self.prefix, self._list = _block_list(self.model)
         self._blocks = list(self._list)
         self.num_blocks = len(self._blocks)
         self.calls: list[BlockCall] = []
         self.num_sequences, self.window = tokens.shape
-        self.batch = max(1, _BATCH_TOKENS // self.window)
-        work.mkdir(parents=True, exist_ok=True)
+        one = tokens[:1]
+        self._witness_tokens = one if len(tokens) > 1 else mx.concatenate([one, one])
+        has_experts = any(info.role == "expert" for info in source.modules)
+        self.batch = 1 if has_experts else max(1, _BATCH_TOKENS // self.window)
+        with disk_failure(work):
+            work.mkdir(parents=True, exist_ok=True)
 
     # -- weights ---------------------------------------------------------------------------------
 
     def _prepared(self, name: str, value: mx.array) -> mx.array:
         if self._overrides is not None:
             value = self._overrides(name, value)
-        return value.astype(self.dtype) if _is_float(value) else value
+        return value.astype(self.dtype) if is_float(value) else value
 
     def _load(self, module: nn.Module, prefix: str, keep: Callable[[str], bool]) -> None:
         """Load the parameters under a prefix and check that they are finite."""
         chosen = {
             name.removeprefix(prefix): self._prepared(name, value)
             for name, value in self.source.weights().items()
-            if name.startswith(prefix) and keep(name)
+            if keep(name)
         }
         finite = [mx.isfinite(value).all() for value in chosen.values()]
         mx.eval(list(chosen.values()), finite)
         for name, ok in zip(chosen, finite, strict=True):
             if not ok.item():
-                raise UsageError(f"'{prefix}{name}' of {self.source.info.name} holds NaN or inf")
+                raise UsageError(
+                    f"'{prefix}{name}' of {self.source.info.name} holds NaN or inf; get the "
+                    "checkpoint again, or another one"
+                )
         module.load_weights(list(chosen.items()), strict=False)
+
+    def _drop(self, module: nn.Module, keep: Callable[[str], bool]) -> None:
+        """Put poison in place of parameters, which frees them."""
+        gone = [
+            (name, poison(tuple(value.shape), value.dtype))
+            for name, value in parameters_of(module).items()
+            if keep(name)
+        ]
+        module.load_weights(gone, strict=False)
+        mx.clear_cache()
+
+    def _is_end(self, name: str) -> bool:
+        return not name.startswith(f"{self.prefix}.")
 
     def load_block(self, index: int) -> nn.Module:
         """Block `index` with its weights in memory; `drop_block` frees them."""
-        block = self._blocks[index]
-        self._load(block, f"{self.prefix}.{index}.", lambda _: True)
+        block: nn.Module = self._blocks[index]
+        prefix = f"{self.prefix}.{index}."
+        self._load(block, prefix, lambda name: name.startswith(prefix))
         return block
 
     def drop_block(self, index: int) -> None:
-        """Replace the weights of a block by lazy ones."""
-        prefix = f"{self.prefix}.{index}."
-        lazy = [(n.removeprefix(prefix), v) for n, v in self.source.weights().items()]
-        names = {n for n in self.source.weights() if n.startswith(prefix)}
-        self._blocks[index].load_weights(
-            [(n, v) for n, v in lazy if f"{prefix}{n}" in names], strict=False
-        )
-        mx.clear_cache()
+        """Free the weights of a block; it cannot be used before it is loaded again."""
+        self._drop(self._blocks[index], lambda _: True)
 
     def load_ends(self) -> nn.Module:
         """The model with everything outside its blocks in memory: embeddings, norms and head."""
-        self._load(self.model, "", lambda name: not name.startswith(f"{self.prefix}."))
+        self._load(self.model, "", self._is_end)
         return self.model
 
     def drop_ends(self) -> None:
-        """Replace what `load_ends` loaded by lazy arrays."""
-        outside = [
-            (name, value)
-            for name, value in self.source.weights().items()
-            if not name.startswith(f"{self.prefix}.")
-        ]
-        self.model.load_weights(outside, strict=False)
-        mx.clear_cache()
+        """Free what `load_ends` loaded."""
+        self._drop(self.model, self._is_end)
+
+    # -- work directory --------------------------------------------------------------------------
+
+    def _file(self, index: int) -> Path:
+        """Outputs of a block."""
+        return self.work / f"block_{index:04d}.safetensors"
+
+    def _taken_file(self, index: int) -> Path:
+        """Arrays made before the blocks that a block is the first to take."""
+        return self.work / f"before_{index:04d}.safetensors"
+
+    def _key(self) -> str:
+        """What the activations depend on, overrides excepted."""
+        shape = tuple(self.tokens.shape)
+        about = repr((_FORMAT, self.source.info.fingerprint, shape, str(self.dtype)))
+        return hashlib.sha256(
+            about.encode() + bytes(memoryview(cast(Any, self.tokens)))
+        ).hexdigest()
+
+    def _save_calls(self, calls: Sequence[BlockCall]) -> None:
+        text = json.dumps({"key": self._key(), "calls": [call.encode() for call in calls]})
+        with disk_failure(self.work):
+            write_atomic(self.work / "calls.json", text.encode())
+
+    def _load_calls(self) -> list[BlockCall]:
+        """The calls of the blocks that an earlier run finished."""
+        path = self.work / "calls.json"
+        stored = json.loads(path.read_text()) if path.is_file() else {}
+        if not isinstance(stored, dict) or stored.get("key") != self._key():
+            return []
+        calls = (BlockCall.decode(form) for form in stored["calls"])
+        kept = itertools.takewhile(lambda pair: self._file(pair[0]).is_file(), enumerate(calls))
+        return [call for _, call in kept]
+
+    def adopt(self, other: StreamedModel, count: int) -> None:
+        """Take over the first blocks of another run, so that `forward` begins after them.
+
+        Args:
+            other: a run of the same source on the same tokens, forward done.
+            count: blocks to take over. They, and what is outside the blocks but for the head, must
+                have the same weights here as there.
+        """
+        with disk_failure(self.work):
+            for index in range(count):
+                _share(other._file(index), self._file(index))
+                if other._taken_file(index).is_file():
+                    _share(other._taken_file(index), self._taken_file(index))
+        self._save_calls(other.calls[:count])
+
+    def fetch(self, link: Link) -> mx.array:
+        """The array a link stands for, lazily read from the work directory."""
+        file = self._file if link.is_output else self._taken_file
+        return load_arrays(file(link.index))[f"{link.kind}.{link.leaf}"]
+
+    def close(self) -> None:
+        """Delete the activations."""
+        shutil.rmtree(self.work, ignore_errors=True)
 
     # -- driving ---------------------------------------------------------------------------------
 
-    def _drive(self, tokens: mx.array, drive: Callable[..., Any]) -> mx.array:
+    def _drive(self, tokens: mx.array, drive: Callable[[int, Tree, Tree], Tree]) -> mx.array:
         """Call the model with `drive(index, args, kwargs)` in place of its blocks."""
+        before = list(self._list)
         self._list[:] = [_Slot(block, i, drive) for i, block in enumerate(self._blocks)]
         try:
             result: mx.array = self.model(tokens)
         finally:
-            self._list[:] = self._blocks
+            self._list[:] = before
         return result
-
-    def _poison(self, index: int, size: int) -> tuple[Any, list[Any]]:
-        """What a slot returns: the result tree with NaN arrays, and those arrays by leaf."""
-        call = self.calls[index]
-        leaves: list[Any] = []
-        for shape, dtype in call.result_shapes:
-            kind = getattr(mx, dtype)
-            full = [size, *shape[1:]] if shape and shape[0] == self.num_sequences else shape
-            fill = float("nan") if mx.issubdtype(kind, mx.floating) else 0
-            leaves.append(mx.broadcast_to(mx.array(fill, dtype=kind), full))
-        tree = _map(call.result, lambda x: leaves[x.leaf] if isinstance(x, Link) else x)
-        return tree, leaves
-
-    def _file(self, index: int) -> Path:
-        return self.work / f"block_{index:04d}.safetensors"
-
-    def _save_calls(self) -> None:
-        text = json.dumps(
-            [
-                [_encode(c.args), _encode(c.kwargs), _encode(c.result), c.result_shapes]
-                for c in self.calls
-            ]
-        )
-        write_atomic(self.work / "calls.json", text.encode())
-
-    def _load_calls(self) -> list[BlockCall]:
-        path = self.work / "calls.json"
-        if not path.is_file():
-            return []
-        return [
-            BlockCall(_decode(a), _decode(k), _decode(r), s)
-            for a, k, r, s in json.loads(path.read_text())
-        ]
 
     def forward(
         self,
@@ -276,52 +267,62 @@ class StreamedModel:
                 (inputs only).
             done: called at the end of a block with its index and the block, weights loaded. Neither
                 is called for blocks that an earlier run finished.
+
+        Raises:
+            UnsupportedModel: if the model does more between its blocks than pass on what they
+                return, or calls them in another way than each once and in order.
+            UsageError: if a weight is not finite.
         """
         self.load_ends()
         stored = self._load_calls()
         self.calls = []
-        known: dict[int, Link] = {}
-        alive: list[Any] = []
-        constants: dict[str, mx.array] = {}
-        saved = [0]
+        tracer = Tracer(self.calls, self.num_sequences, self._witness_tokens.shape[0])
 
-        def link_of(value: Any) -> Any:  # noqa: ANN401  any leaf
-            if not isinstance(value, mx.array):
-                return value
-            if id(value) in known:
-                return known[id(value)]
-            if _is_float(value) and mx.isnan(value).any().item():
-                raise UnsupportedModel(
-                    f"an input of block {len(self.calls)} is computed between the blocks from "
-                    "earlier ones; optiq does not follow that"
-                )
-            link = Link("pro" if _is_float(value) else "const", len(self.calls), len(constants))
-            known[id(value)] = link
-            alive.append(value)
-            constants[f"{link.kind}.{link.leaf}"] = value
-            return link
-
-        def drive(index: int, args: Any, kwargs: Any) -> Any:  # noqa: ANN401  any block
-            linked = [_map(args, link_of), _map(kwargs, link_of)]
-            if index < len(stored) and self._file(index).is_file():
-                self.calls.append(stored[index])
+        def drive(index: int, args: Tree, kwargs: Tree) -> Tree:
+            if index != len(self.calls):
+                raise UnsupportedModel("this model does not call each of its blocks once, in order")
+            if index < len(stored):
+                call = stored[index]
+                tracer.learn((call.args, call.kwargs), (args, kwargs))
+                self.calls.append(call)
             else:
-                if len(constants) > saved[0]:
-                    self._write(self.work / "prologue.safetensors", constants)
-                    saved[0] = len(constants)
-                self.calls.append(BlockCall(linked[0], linked[1], None, []))
+                self.calls.append(self._traced(args, kwargs, tracer))
                 self._run_block(index, visit, done)
-                self._save_calls()
-            tree, leaves = self._poison(index, self.num_sequences)
-            for n, leaf in enumerate(leaves):
-                known[id(leaf)] = Link("out", index, n)
-            alive.extend(leaves)
-            return tree
+                self._save_calls(self.calls)
+            stand_ins = self.calls[index].stand_ins(self.num_sequences, poison)
+            tracer.learn(self.calls[index].result, stand_ins)
+            return stand_ins
 
         self._drive(self.tokens, drive)
         if len(self.calls) != self.num_blocks:
-            raise UnsupportedModel("this model does not call each of its blocks once")
+            raise UnsupportedModel("this model does not call each of its blocks once, in order")
+        self._check_head()
         self.drop_ends()
+
+    def _traced(self, args: Tree, kwargs: Tree, tracer: Tracer) -> BlockCall:
+        """The call of the next block; arrays that it is the first to take are kept on disk."""
+        index = len(self.calls)
+        linked, fresh = tracer.trace((args, kwargs), self._witness(tracer))
+        call = BlockCall(*linked)
+        call.encode()  # refuses what cannot be followed before any work is done
+        if fresh:
+            save_arrays(self._taken_file(index), _named(fresh))
+        return call
+
+    def _witness(self, tracer: Tracer) -> Tree:
+        """What the next block is given for other sequences, with noise for earlier outputs."""
+        tokens = self._witness_tokens
+
+        def drive(index: int, args: Tree, kwargs: Tree) -> Tree:
+            if index == len(self.calls):
+                raise _Reached((args, kwargs))
+            return self.calls[index].stand_ins(tokens.shape[0], noise)
+
+        try:
+            self._drive(tokens, drive)
+        except _Reached as reached:
+            return reached.given
+        raise tracer.unknown()
 
     def _run_block(
         self,
@@ -331,68 +332,29 @@ class StreamedModel:
     ) -> None:
         block = self.load_block(index)
         call = self.calls[index]
-        arrays = self._inputs(call)
+        arrays = {link: self.fetch(link) for link in call.inputs()}
         outputs: list[list[mx.array]] = []
         with tapped(block, f"{self.prefix}.{index}.", self.source.modules) as taps:
             for rows in self.batches():
                 taps.start(gradients=False)
-                result = self._call(block, call, arrays, rows)
-                leaves: list[mx.array] = []
-                call.result = _map(result, lambda x, seen=leaves: _collect(x, seen))
+                given = {link: _rows_of(link, array, rows) for link, array in arrays.items()}
+                call.result, leaves = collected(run_block(block, call, given))
                 mx.eval(leaves)
                 outputs.append(leaves)
                 if visit is not None:
                     visit(taps.calls)
         if done is not None:
             done(index, block)
-        merged = [self._merge(pieces) for pieces in zip(*outputs, strict=True)]
-        call.result_shapes = [(list(m.shape), str(m.dtype).rpartition(".")[2]) for m in merged]
-        self._write(self._file(index), {f"o{n}": m for n, m in enumerate(merged)})
+        sizes = [len(range(*rows.indices(self.num_sequences))) for rows in self.batches()]
+        merged = merged_outputs(index, outputs, sizes)
+        call.settle(merged)
+        save_arrays(self._file(index), _named(merged))
         self.drop_block(index)
-
-    def _merge(self, pieces: Sequence[mx.array]) -> mx.array:
-        if pieces[0].ndim > 1 and sum(p.shape[0] for p in pieces) == self.num_sequences:
-            return mx.concatenate(list(pieces))
-        return pieces[0]
-
-    def _write(self, path: Path, arrays: dict[str, mx.array]) -> None:
-        temporary = path.with_suffix(".part.safetensors")
-        try:
-            mx.save_safetensors(str(temporary), arrays)
-        except RuntimeError as error:
-            temporary.unlink(missing_ok=True)
-            raise EngineFailure(f"{path} cannot be written: {error}; free disk space") from None
-        temporary.replace(path)
 
     def batches(self) -> Iterator[slice]:
         """Slices of sequences that make a micro-batch."""
         for start in range(0, self.num_sequences, self.batch):
             yield slice(start, min(start + self.batch, self.num_sequences))
-
-    def _inputs(self, call: BlockCall) -> dict[Link, mx.array]:
-        found: list[Link] = []
-        _walk((call.args, call.kwargs), found.append)
-        return {link: self.fetch(link) for link in dict.fromkeys(found)}
-
-    def fetch(self, link: Link) -> mx.array:
-        """The array a link stands for, lazily read from the work directory."""
-        if link.kind == "out":
-            return mx.load(str(self._file(link.index)))[f"o{link.leaf}"]
-        return mx.load(str(self.work / "prologue.safetensors"))[f"{link.kind}.{link.leaf}"]
-
-    def _slice(self, link: Link, array: mx.array, rows: slice) -> mx.array:
-        batched = array.ndim > 0 and array.shape[0] == self.num_sequences
-        if link.kind == "const":
-            batched = batched and array.ndim > 2
-        return array[rows] if batched else array
-
-    def _call(
-        self, block: nn.Module, call: BlockCall, arrays: dict[Link, mx.array], rows: slice
-    ) -> Any:  # noqa: ANN401  any block's result
-        def pick(x: Any) -> Any:  # noqa: ANN401  any leaf
-            return self._slice(x, arrays[x], rows) if isinstance(x, Link) else x
-
-        return block(*_map(call.args, pick), **_map(call.kwargs, pick))
 
     # -- backwards -------------------------------------------------------------------------------
 
@@ -413,50 +375,38 @@ class StreamedModel:
         """
         block = self.load_block(index)
         call = self.calls[index]
-        arrays = self._inputs(call)
+        arrays = {link: self.fetch(link) for link in call.inputs()}
         links = call.links()
-        live = [n for n in range(len(call.result_shapes)) if Link("out", index, n) in cotangents]
+        live = [link for link in call.outputs() if link in cotangents]
         pulled: list[list[mx.array]] = []
         with tapped(block, f"{self.prefix}.{index}.", self.source.modules) as taps:
             for rows in self.batches():
                 taps.start(gradients=True)
+                given = {link: _rows_of(link, array, rows) for link, array in arrays.items()}
 
-                def run(*inputs: mx.array, rows: slice = rows) -> list[mx.array]:
-                    given = dict(zip(links, inputs, strict=True))
+                def run(*inputs: mx.array, given: dict[Link, mx.array] = given) -> list[mx.array]:
+                    named = given | dict(zip(links, inputs, strict=True))
+                    _, leaves = collected(run_block(block, call, named))
+                    return [leaves[link.leaf] for link in live]
 
-                    def pick(x: Any) -> Any:  # noqa: ANN401  any leaf
-                        if not isinstance(x, Link):
-                            return x
-                        return given[x] if x in given else self._slice(x, arrays[x], rows)
-
-                    result = block(*_map(call.args, pick), **_map(call.kwargs, pick))
-                    leaves: list[mx.array] = []
-                    _map(result, lambda x: _collect(x, leaves))
-                    return [leaves[n] for n in live]
-
-                primals = [self._slice(link, arrays[link], rows) for link in links]
-                seeds = [cotangents[Link("out", index, n)][rows] for n in live]
-                _, grads = mx.vjp(run, primals, seeds)
+                seeds = [cotangents[link][rows] for link in live]
+                _, grads = mx.vjp(run, [given[link] for link in links], seeds)
                 mx.eval(grads)
                 pulled.append(list(grads))
                 visit(rows, taps.calls)
-        for n in live:
-            del cotangents[Link("out", index, n)]
+        for link in live:
+            del cotangents[link]
         for link, pieces in zip(links, zip(*pulled, strict=True), strict=True):
             total = mx.concatenate(list(pieces))
             cotangents[link] = cotangents[link] + total if link in cotangents else total
         mx.eval(list(cotangents.values()))
         self.drop_block(index)
 
+    # -- ends ------------------------------------------------------------------------------------
+
     def outputs(self) -> list[Link]:
         """Links of the floating outputs of the last block, which the head reads."""
-        last = self.num_blocks - 1
-        shapes = self.calls[last].result_shapes
-        return [
-            Link("out", last, n)
-            for n, (_, dtype) in enumerate(shapes)
-            if mx.issubdtype(getattr(mx, dtype), mx.floating)
-        ]
+        return [link for link in self.calls[-1].outputs() if link.is_differentiable]
 
     def logits(self, rows: slice, outputs: Sequence[mx.array]) -> mx.array:
         """What the model makes of the last block's outputs: (n, T, V); the ends must be loaded.
@@ -466,53 +416,54 @@ class StreamedModel:
             outputs: arrays for `outputs()`, sliced to those rows.
         """
         size = len(range(*rows.indices(self.num_sequences)))
-        last = self.num_blocks - 1
-        given = {link.leaf: array for link, array in zip(self.outputs(), outputs, strict=True)}
+        given = dict(zip(self.outputs(), outputs, strict=True))
 
-        def drive(index: int, args: Any, kwargs: Any) -> Any:  # noqa: ANN401, ARG001  any block
-            tree, leaves = self._poison(index, size)
-            if index < last:
-                return tree
-            return _map(
-                self.calls[last].result,
-                lambda x: given.get(x.leaf, leaves[x.leaf]) if isinstance(x, Link) else x,
-            )
+        def fill(shape: tuple[int, ...], dtype: mx.Dtype, link: Link) -> mx.array:
+            return given[link] if link in given else poison(shape, dtype)
+
+        def drive(index: int, args: Tree, kwargs: Tree) -> Tree:  # noqa: ARG001  any block
+            return self.calls[index].stand_ins(size, fill)
 
         return self._drive(self.tokens[rows], drive)
 
+    def _check_head(self) -> None:
+        """Refuse a model whose logits need more of the blocks than what the last one returns."""
+        one = slice(0, 1)
+        last = [mx.zeros_like(self.fetch(link)[one]) for link in self.outputs()]
+        with HeadSlices(self.model, self.source.modules).slice(0, 1):
+            logits = self.logits(one, last)
+        if mx.isnan(logits).any().item():
+            raise UnsupportedModel(
+                "the logits of this model are computed from more than what its last block returns; "
+                "optiq does not follow that"
+            )
+
     def prologue(self, rows: slice, links: Sequence[Link]) -> list[mx.array]:
-        """The arrays computed before the blocks for some sequences, as a differentiable function."""
+        """The arrays made before the blocks for some sequences, as a differentiable function."""
         size = len(range(*rows.indices(self.num_sequences)))
         found: dict[Link, mx.array] = {}
 
-        def drive(index: int, args: Any, kwargs: Any) -> Any:  # noqa: ANN401  any block
+        def note(link: Any, value: Any) -> None:  # noqa: ANN401  any leaf
+            if isinstance(link, Link) and not link.is_output:
+                found[link] = value
+
+        def drive(index: int, args: Tree, kwargs: Tree) -> Tree:
             call = self.calls[index]
-            for tree, given in ((call.args, args), (call.kwargs, kwargs)):
-                _pair(tree, given, found)
-            return self._poison(index, size)[0]
+            map_tree(note, (call.args, call.kwargs), (args, kwargs))
+            return call.stand_ins(size, poison)
 
         self._drive(self.tokens[rows], drive)
         return [found[link] for link in links]
 
-    def close(self) -> None:
-        """Delete the activations."""
-        shutil.rmtree(self.work, ignore_errors=True)
+
+def _named(arrays: dict[Link, mx.array]) -> dict[str, mx.array]:
+    return {f"{link.kind}.{link.leaf}": array for link, array in arrays.items()}
 
 
-def _collect(value: Any, leaves: list[mx.array]) -> Any:  # noqa: ANN401  any leaf
-    if not isinstance(value, mx.array):
-        return value
-    leaves.append(value)
-    return Link("out", -1, len(leaves) - 1)
-
-
-def _pair(tree: Any, given: Any, found: dict[Link, mx.array]) -> None:  # noqa: ANN401  nested trees
-    if isinstance(tree, Link):
-        if tree.kind == "pro":
-            found[tree] = given
-    elif isinstance(tree, (list, tuple)):
-        for a, b in zip(tree, given, strict=True):
-            _pair(a, b, found)
-    elif isinstance(tree, dict):
-        for key in tree:
-            _pair(tree[key], given[key], found)
+def _share(theirs: Path, mine: Path) -> None:
+    """One file under two names; files here are replaced, never written over."""
+    mine.unlink(missing_ok=True)
+    try:
+        os.link(theirs, mine)
+    except OSError:
+        shutil.copyfile(theirs, mine)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Generator, Sequence
+from typing import Any, cast
 
 from optiq.artifacts import ModuleInfo
 from optiq.backend import mx, nn
+from optiq.models.modules import module_at
 
 
 @dataclasses.dataclass
@@ -83,49 +84,35 @@ def _watched(y: mx.array, call: Call) -> mx.array:
     def identity(value: mx.array) -> mx.array:
         return value
 
-    @identity.vjp  # type: ignore[untyped-decorator]
+    @identity.vjp
     def _(_primal: mx.array, cotangent: mx.array, _output: mx.array) -> mx.array:
         call.g = cotangent
         return cotangent
 
-    result: mx.array = identity(y)
-    return result
+    return cast(mx.array, identity(y))
 
 
 def replace(root: nn.Module, path: str, new: Any) -> Any:  # noqa: ANN401  a module or a stand-in
-    """Put `new` at a module path; returns what stood there."""
-    node: Any = root
-    *parents, last = path.split(".")
-    for part in parents:
-        node = node[int(part)] if isinstance(node, list) else getattr(node, part)
-    if isinstance(node, list):
-        old, node[int(last)] = node[int(last)], new
-    else:
-        old = getattr(node, last)
-        setattr(node, last, new)
+    """Put `new` at a module path; returns what stood there. The order of modules stays."""
+    parent, _, last = path.rpartition(".")
+    node: Any = module_at(root, parent)
+    key = int(last) if isinstance(node, list) else last
+    old, node[key] = node[key], new
     return old
 
 
 @contextlib.contextmanager
-def tapped(root: nn.Module, prefix: str, modules: Sequence[ModuleInfo]) -> Iterator[Taps]:
+def tapped(root: nn.Module, prefix: str, modules: Sequence[ModuleInfo]) -> Generator[Taps]:
     """Tap the matrices under a prefix of module paths for the time of the context."""
     taps = Taps()
-    originals = {}
+    originals: dict[str, nn.Module] = {}
     try:
         for info in modules:
             if info.path.startswith(prefix):
                 path = info.path.removeprefix(prefix)
-                module = _find(root, path)
-                originals[path] = replace(root, path, _Tap(module, info.path, taps))
+                originals[path] = module_at(root, path)
+                replace(root, path, _Tap(originals[path], info.path, taps))
         yield taps
     finally:
         for path, module in originals.items():
             replace(root, path, module)
-
-
-def _find(root: nn.Module, path: str) -> nn.Module:
-    node: Any = root
-    for part in path.split("."):
-        node = node[int(part)] if isinstance(node, list) else getattr(node, part)
-    module: nn.Module = node
-    return module

@@ -7,7 +7,7 @@ block's own values allow, so it finds absmax/7, absmax/7.5, ext/-8 and min/max g
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from optiq.artifacts import LATTICE_GROUP_SIZE, LatticeReport
 from optiq.backend import mx
@@ -16,7 +16,12 @@ from optiq.numerics.affine import Grid, decode, encode, grouped, minmax_grid, st
 BITS = 4
 NEAR = 0.05
 _LEVELS = 15
+# Fits worse than this are not tried with stored values: rounding to bfloat16 moves a value by less.
+_HOPELESS = 0.2
+_PRIMES = (2, 3, 5, 7, 11, 13)
 _MIN_SHARE = 0.99
+# A sample that meets a few odd rows must not hide a grid: the share in the matrix decides.
+_MIN_SAMPLE_SHARE = 0.9
 
 
 class Lattice(NamedTuple):
@@ -43,6 +48,10 @@ class _Found(NamedTuple):
     grid: Grid
     score: mx.array
     ideal: mx.array
+
+    def on_grid(self) -> mx.array:
+        """Blocks that a stored grid gives back, or that are near a grid."""
+        return (self.score <= 0) | (self.ideal <= NEAR)
 
 
 def _residual(blocks: mx.array, grid: Grid) -> tuple[mx.array, mx.array]:
@@ -75,17 +84,18 @@ def _neighbours(values: mx.array, dtype: mx.Dtype) -> list[mx.array]:
     ]
 
 
-def _start(constant: mx.array, bias: mx.array) -> _Found:
+def _start(constant: mx.array, value: mx.array, dtype: mx.Dtype) -> _Found:
     """Constant blocks are on any grid; all others have found nothing yet."""
+    bias = mx.where(constant, stored(value, dtype), 0.0)
     none = mx.where(constant, 0.0, 1e9)
-    return _Found(Grid(mx.zeros_like(bias), mx.where(constant, bias, 0.0)), none, none)
+    return _Found(Grid(mx.zeros_like(bias), bias), none, none)
 
 
 def _symmetric(blocks: mx.array, dtype: mx.Dtype, source: mx.Dtype) -> _Found:
     """Best grid with bias -8 d: the value of largest magnitude is k steps from zero, k in 1..8."""
     at = mx.abs(blocks).argmax(axis=-1, keepdims=True)
     extreme = mx.take_along_axis(blocks, at, axis=-1)[..., 0]
-    found = _start(extreme == 0, extreme)
+    found = _start(extreme == 0, extreme, dtype)
     for k, sign in [(8, -1.0), *((k, s) for k in range(7, 0, -1) for s in (-1.0, 1.0))]:
         scale = extreme * (sign / k)
         q = encode(blocks, Grid(scale, -8 * scale), BITS) - 8
@@ -93,6 +103,8 @@ def _symmetric(blocks: mx.array, dtype: mx.Dtype, source: mx.Dtype) -> _Found:
         fitted = (q * blocks).sum(axis=-1) / mx.where(power > 0, power, 1)
         ideal, _ = _residual(blocks, Grid(fitted, -8 * fitted))
         found = found._replace(ideal=mx.minimum(found.ideal, ideal))
+        if not (ideal <= _HOPELESS).any().item():
+            continue
         for step in [stored(scale, dtype), *_neighbours(fitted, dtype)]:
             found = _try_stored(found, Grid(step, -8 * step), blocks, source)
         if (found.score <= 0).all().item():
@@ -103,21 +115,38 @@ def _symmetric(blocks: mx.array, dtype: mx.Dtype, source: mx.Dtype) -> _Found:
 def _affine(blocks: mx.array, dtype: mx.Dtype, source: mx.Dtype) -> _Found:
     """Best grid with a free bias: low and high edge are k steps apart, k in 15..1."""
     low, high = blocks.min(axis=-1), blocks.max(axis=-1)
-    found = _start(low == high, low)
+    found = _start(low == high, low, dtype)
+    settled = found.score <= 0
     for k in range(_LEVELS, 0, -1):
         line = Grid((high - low) / k, low)
         for _ in range(2):
             line = _line(encode(blocks, line, BITS), blocks, line)
         ideal, _ = _residual(blocks, line)
         found = found._replace(ideal=mx.minimum(found.ideal, ideal))
+        if not (ideal <= _HOPELESS).any().item():
+            continue
         codes = encode(blocks, line, BITS)
         for step in _neighbours(line.scales, dtype):
             fitted = (blocks - codes * step[..., None]).mean(axis=-1)
-            for bias in (low, fitted):
-                found = _try_stored(found, Grid(step, stored(bias, dtype)), blocks, source)
-        if (found.ideal <= NEAR).all().item():
+            for grid in (Grid(step, low), Grid(step, fitted), Grid(-step, high)):
+                grid = Grid(grid.scales, stored(grid.biases, dtype))
+                found = _try_stored(found, grid, blocks, source)
+        settled = settled | (found.score <= 0) | ((ideal <= NEAR) & ~_coarser(codes))
+        if settled.all().item():
             break
     return found
+
+
+def _coarser(codes: mx.array) -> mx.array:
+    """Whether the codes of a block are whole multiples of more than 1, so that a larger step fits.
+
+    The larger step may be one that the stored dtype holds exactly.
+    """
+    offset = codes - codes.min(axis=-1, keepdims=True)
+    multiple = mx.zeros(codes.shape[:-1], dtype=mx.bool_)
+    for prime in _PRIMES:
+        multiple = multiple | (mx.remainder(offset, prime) == 0).all(axis=-1)
+    return multiple
 
 
 def _line(q: mx.array, w: mx.array, before: Grid) -> Grid:
@@ -157,8 +186,8 @@ def find_lattice(w: mx.array, dtype: mx.Dtype, sample_rows: int = 32) -> Lattice
     sample = rows[:: max(1, rows.shape[0] // sample_rows)]
     for kind in ("q4_0", "affine"):
         blocks = grouped(sample.astype(mx.float32), LATTICE_GROUP_SIZE)
-        share = (_search(blocks, kind, dtype, w.dtype).ideal <= NEAR).mean().item()
-        if share >= _MIN_SHARE:
+        share = _search(blocks, kind, dtype, w.dtype).on_grid().mean()
+        if _number(share) >= _MIN_SAMPLE_SHARE:
             lattice = _whole(rows, kind, dtype)
             if lattice.report.blocks >= _MIN_SHARE:
                 shape = (*w.shape[:-1], w.shape[-1] // LATTICE_GROUP_SIZE)
@@ -167,13 +196,17 @@ def find_lattice(w: mx.array, dtype: mx.Dtype, sample_rows: int = 32) -> Lattice
     return None
 
 
+def _number(value: mx.array) -> float:
+    return cast(float, value.item())
+
+
 def _whole(rows: mx.array, kind: str, dtype: mx.Dtype) -> Lattice:
     grids, largest, exact, on_grid, total = [], 0.0, True, 0.0, 0
     chunk = max(1, (1 << 20) // rows.shape[-1])
     for start in range(0, rows.shape[0], chunk):
         blocks = grouped(rows[start : start + chunk].astype(mx.float32), LATTICE_GROUP_SIZE)
         found = _search(blocks, kind, dtype, rows.dtype)
-        near = found.ideal <= NEAR
+        near = found.on_grid()
         fallback = minmax_grid(blocks, BITS, dtype)
         grid = Grid(
             mx.where(near, found.grid.scales, fallback.scales),
@@ -183,9 +216,9 @@ def _whole(rows: mx.array, kind: str, dtype: mx.Dtype) -> Lattice:
         same = (back == blocks.astype(rows.dtype)).all()
         residual = mx.where(near, found.ideal, 0.0).max()
         mx.eval(grid, same, residual)
-        largest = max(largest, float(residual.item()))
+        largest = max(largest, _number(residual))
         exact = exact and bool(same.item())
-        on_grid += float(near.sum().item())
+        on_grid += _number(near.sum())
         total += near.size
         grids.append(grid)
     report = LatticeReport(

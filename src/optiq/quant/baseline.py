@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import shutil
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from optiq.artifacts import BITS, GROUP_SIZES, QuantOption, write_atomic
 from optiq.backend import mx, nn
@@ -18,26 +13,7 @@ from optiq.errors import UsageError
 from optiq.events import Emit, track
 from optiq.models.load import Source, size_on_disk
 from optiq.models.safetensors_io import ShardWriter, TensorSpec, disk_failure, header_bytes
-
-_SIDE_FILES = (
-    "tokenizer*",
-    "vocab.*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "generation_config.json",
-)
-_STORED = {
-    mx.bfloat16: "BF16",
-    mx.float16: "F16",
-    mx.float32: "F32",
-    mx.uint32: "U32",
-    mx.uint8: "U8",
-    mx.int32: "I32",
-    mx.int64: "I64",
-    mx.bool_: "BOOL",
-}
+from optiq.quant.directory import copy_side_files, finished_directory, tensor_bytes, tensor_spec
 
 
 class Candidate(NamedTuple):
@@ -119,37 +95,16 @@ def write_uniform(source: Source, option: QuantOption, out: Path, emit: Emit) ->
     model = source.model()
     rule = _stock_rule(model, option)
     specs = _specs(source, model, rule)
-    with disk_failure(out), _finished_directory(out) as folder:
+    with disk_failure(out), finished_directory(out) as folder:
         with ShardWriter(folder, specs) as writer:
             tensors = _tensors(source, model, rule)
             stage = f"uniform {option.key}"
             for name, value in track(tensors, emit, stage, len(specs), "tensors"):
-                writer.write(name, [_bytes(value)])
+                writer.write(name, [tensor_bytes(value)])
         config = _stock_config(source.config, rule)
         write_atomic(folder / "config.json", json.dumps(config, indent=4).encode())
         copy_side_files(source, folder)
     return size_on_disk(out)
-
-
-def copy_side_files(source: Source, folder: Path) -> None:
-    """Copy tokenizer, chat template and generation config of a source into a model directory."""
-    for origin in dict.fromkeys((source.path, source.tokenizer_path)):
-        for pattern in _SIDE_FILES:
-            for file in sorted(origin.glob(pattern)):
-                if file.is_file():
-                    shutil.copyfile(file, folder / file.name)
-
-
-@contextlib.contextmanager
-def _finished_directory(out: Path) -> Generator[Path]:
-    """A temporary directory that takes the name `out` when the context ends well."""
-    folder = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-        folder.rename(out)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _stock_rule(model: nn.Module, option: QuantOption) -> _Rule:
@@ -197,15 +152,8 @@ def _tensors(source: Source, model: nn.Module, rule: _Rule) -> Iterator[tuple[st
         yield from zip((name, f"{path}.scales", f"{path}.biases"), parts, strict=False)
 
 
-def _bytes(value: mx.array) -> memoryview:
-    return np.asarray(value.reshape(-1).view(mx.uint8)).data
-
-
 def _specs(source: Source, model: nn.Module, rule: _Rule) -> list[TensorSpec]:
-    return [
-        TensorSpec(name, _STORED[value.dtype], tuple(value.shape))
-        for name, value in _tensors(source, model, rule)
-    ]
+    return [tensor_spec(name, value) for name, value in _tensors(source, model, rule)]
 
 
 def _file_bytes(source: Source, model: nn.Module, rule: _Rule) -> int:

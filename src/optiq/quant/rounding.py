@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from optiq.artifacts import BitPlan, ModuleInfo, PlanEntry, QuantOption, Rounding
-from optiq.backend import mx
+from optiq.artifacts import (
+    LATTICE_GROUP_SIZE,
+    BitPlan,
+    ModuleInfo,
+    PlanEntry,
+    QuantOption,
+    Rounding,
+)
+from optiq.backend import mx, save_arrays
 from optiq.errors import ArtifactMismatch
 from optiq.events import Emit, Progress, StageDone, StageStarted
 from optiq.models.head import HeadSlices
 from optiq.models.load import Source
 from optiq.models.stream import StreamedModel
 from optiq.models.taps import tapped
-from optiq.numerics.affine import Grid, encode, grouped, pack
+from optiq.numerics.affine import Grid, decode, encode, grouped, pack
 from optiq.numerics.lattice import BITS, find_lattice
 from optiq.quant.quantizers import gptq, rtn, search
 from optiq.quant.quantizers.base import FloatArray, Inputs, Packed
@@ -72,7 +79,7 @@ class RoundedModel:
             }
             for path in sorted(unseen):
                 tensors |= self._round_unseen(path, weights)
-            self._save(self._file(index), tensors)
+            save_arrays(self._file(index), tensors)
             self._emit(Progress("round", index + 1))
 
         stream.forward(self._grams.add, done)
@@ -90,17 +97,11 @@ class RoundedModel:
     def _file(self, index: int) -> Path:
         return self._work / f"rounded_{index:04d}.safetensors"
 
-    def _save(self, file: Path, tensors: dict[str, mx.array]) -> None:
-        temporary = file.with_suffix(".part.safetensors")
-        mx.save_safetensors(str(temporary), tensors)
-        temporary.replace(file)
-
     def _round_group(
         self, paths: list[str], matrix: FloatArray, weights: dict[str, mx.array]
     ) -> dict[str, mx.array]:
         """Tensors of the matrices that read the same inputs; they share one factorization."""
-        inputs = Inputs(matrix)
-        quantize = quantizer(self.rounding, inputs)
+        quantize = quantizer(self.rounding, matrix, matrix.shape[0])
         tensors: dict[str, mx.array] = {}
         for path in paths:
             entry, weight = self.entries[path], weights[f"{path}.weight"]
@@ -110,52 +111,72 @@ class RoundedModel:
     def _round_unseen(self, path: str, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """Tensors of a matrix whose inputs are rows of an embedding, or never came."""
         info = self._infos[path]
-        inputs = Inputs(np.eye(info.in_dims, dtype=np.float32))
-        rounding: Rounding = "rtn" if self.rounding == "rtn" else "search"
-        quantize = quantizer(rounding, inputs)
+        quantize = quantizer(self.rounding, None, info.in_dims)
         entry, weight = self.entries[path], weights[f"{path}.weight"]
         return rounded_tensors(info, entry, weight, quantize, self.source)
 
     def _round_ends(self, stream: StreamedModel, file: Path) -> None:
         """Embeddings, head and other matrices outside the blocks."""
-        model = stream.load_ends()
-        head = HeadSlices(model, self.source.modules)
+        grams = end_statistics(stream, self.source)
         outside = [i for i in self.source.modules if not i.path.startswith(f"{stream.prefix}.")]
-        links = stream.outputs()
-        outputs = [stream.fetch(link) for link in links]
-        before = list(dict.fromkeys(n for call in stream.calls for n in call.links()))
-        before = [link for link in before if link.kind == "pro"]
-        with head.slice(0, 1), tapped(model, "", outside) as taps:
-            for rows in stream.batches():
-                taps.start(gradients=False)
-                mx.eval(stream.logits(rows, [o[rows] for o in outputs]))
-                self._grams.add([c for c in taps.calls if c.path == head.info.path])
-        others = [i for i in outside if i.path != head.info.path and i.role != "embedding"]
-        if others:
-            with tapped(model, "", others) as taps:
-                for rows in stream.batches():
-                    taps.start(gradients=False)
-                    stream.prologue(rows, before)
-                    self._grams.add(taps.calls)
         weights = self.source.weights()
         tensors: dict[str, mx.array] = {}
-        for paths, matrix in self._grams.groups():
+        for paths, matrix in grams.groups():
             tensors |= self._round_group(paths, np.array(matrix), weights)
-        self._grams.clear()
         for info in outside:
             if f"{info.path}.weight" not in tensors:
                 tensors |= self._round_unseen(info.path, weights)
-        stream.drop_ends()
-        self._save(file, tensors)
+        save_arrays(file, tensors)
         self._emit(Progress("round", stream.num_blocks + 1))
+
+
+def end_statistics(stream: StreamedModel, source: Source) -> GramStore:
+    """Gram matrices of the inputs of the head and of other linears outside the blocks.
+
+    Embeddings have none: their inputs are token ids.
+
+    Args:
+        stream: the source, run forward.
+        source: the source.
+    """
+    grams = GramStore()
+    model = stream.load_ends()
+    head = HeadSlices(model, source.modules)
+    outside = [i for i in source.modules if not i.path.startswith(f"{stream.prefix}.")]
+    links = stream.outputs()
+    outputs = [stream.fetch(link) for link in links]
+    before = list(dict.fromkeys(n for call in stream.calls for n in call.links()))
+    before = [link for link in before if link.kind == "pro"]
+    with head.slice(0, 1), tapped(model, "", outside) as taps:
+        for rows in stream.batches():
+            taps.start(gradients=False)
+            mx.eval(stream.logits(rows, [o[rows] for o in outputs]))
+            grams.add([c for c in taps.calls if c.path == head.info.path])
+    others = [i for i in outside if i.path != head.info.path and i.role != "embedding"]
+    if others:
+        with tapped(model, "", others) as taps:
+            for rows in stream.batches():
+                taps.start(gradients=False)
+                stream.prologue(rows, before)
+                grams.add(taps.calls)
+    stream.drop_ends()
+    return grams
 
 
 RowQuantizer = Callable[[FloatArray, QuantOption, str], Packed]
 
 
-def quantizer(rounding: Rounding, inputs: Inputs) -> RowQuantizer:
-    """A function that rounds rows that read these inputs."""
-    if rounding == "gptq":
+def quantizer(rounding: Rounding, gram: FloatArray | None, in_dims: int) -> RowQuantizer:
+    """A function that rounds rows that read given inputs.
+
+    Args:
+        rounding: which rounding.
+        gram: Gram matrix of the inputs, (in, in); None where they are not known: then every input
+            counts the same, and there is no error to feed forward.
+        in_dims: length of a row.
+    """
+    inputs = Inputs(np.eye(in_dims, dtype=np.float32) if gram is None else gram)
+    if rounding == "gptq" and gram is not None:
         back = gptq.feedback(inputs.gram)
         return lambda w, option, dtype: gptq.quantize_with(w, option, inputs, dtype, back)
     plain = rtn.quantize if rounding == "rtn" else search.quantize
@@ -185,23 +206,13 @@ def rounded_tensors(
     if option.kind == "keep":
         return {f"{info.path}.weight": weight}
     if option.kind == "lattice":
-        lattice = find_lattice(weight, source.dtype)
-        if lattice is None:
-            raise ArtifactMismatch(
-                f"{info.path} lies on no grid, so 'lattice' is not possible; plan it again"
-            )
-        groups = grouped(weight.astype(mx.float32), option.group_size)
-        codes = encode(groups, lattice.grid, BITS).reshape(weight.shape)
-        return _stored(info, pack(codes, BITS), lattice.grid, source.dtype)
-    rows = weight.reshape(-1, info.in_dims)
-    step = max(1, _CHUNK_WEIGHTS // info.in_dims)
+        codes, grid = _lattice_codes(info, weight, source)
+        return _stored(info, pack(codes, BITS), grid, source.dtype)
     packed, scales, biases = [], [], []
-    for start in range(0, rows.shape[0], step):
-        part = np.array(rows[start : start + step].astype(mx.float32))
-        result = quantize(part, option, source.info.dtype)
-        packed.append(pack(mx.array(result.codes), option.bits))
-        scales.append(mx.array(result.scales))
-        biases.append(mx.array(result.biases))
+    for part in _parts(info, option, weight, quantize, source):
+        packed.append(pack(mx.array(part.codes), option.bits))
+        scales.append(mx.array(part.scales))
+        biases.append(mx.array(part.biases))
         mx.eval(packed[-1])
     lead = weight.shape[:-1]
     words = mx.concatenate(packed).reshape(*lead, -1)
@@ -209,6 +220,41 @@ def rounded_tensors(
         mx.concatenate(scales).reshape(*lead, -1), mx.concatenate(biases).reshape(*lead, -1)
     )
     return _stored(info, words, grid, source.dtype)
+
+
+def dense_rounded(
+    info: ModuleInfo, option: QuantOption, weight: mx.array, quantize: RowQuantizer, source: Source
+) -> mx.array:
+    """A module's weights after rounding to an option: float32, shaped like `weight`."""
+    if option.kind == "keep":
+        return weight.astype(mx.float32)
+    if option.kind == "lattice":
+        codes, grid = _lattice_codes(info, weight, source)
+        return decode(grouped(codes, option.group_size), grid).reshape(weight.shape)
+    parts = _parts(info, option, weight, quantize, source)
+    return mx.concatenate([mx.array(p.weights()) for p in parts]).reshape(weight.shape)
+
+
+def _lattice_codes(info: ModuleInfo, weight: mx.array, source: Source) -> tuple[mx.array, Grid]:
+    """Codes of the grid that the weights lie on, shaped like them, and the grid."""
+    lattice = find_lattice(weight, source.dtype)
+    if lattice is None:
+        raise ArtifactMismatch(
+            f"{info.path} lies on no grid, so 'lattice' is not possible; plan it again"
+        )
+    groups = grouped(weight.astype(mx.float32), LATTICE_GROUP_SIZE)
+    return encode(groups, lattice.grid, BITS).reshape(weight.shape), lattice.grid
+
+
+def _parts(
+    info: ModuleInfo, option: QuantOption, weight: mx.array, quantize: RowQuantizer, source: Source
+) -> Iterator[Packed]:
+    """The rounded rows of a module, a slice of bounded size at a time."""
+    rows = weight.reshape(-1, info.in_dims)
+    step = max(1, _CHUNK_WEIGHTS // info.in_dims)
+    for start in range(0, rows.shape[0], step):
+        part = np.array(rows[start : start + step].astype(mx.float32))
+        yield quantize(part, option, source.info.dtype)
 
 
 def _stored(info: ModuleInfo, words: mx.array, grid: Grid, dtype: mx.Dtype) -> dict[str, mx.array]:

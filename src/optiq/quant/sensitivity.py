@@ -25,11 +25,11 @@ from optiq.artifacts import (
 from optiq.backend import mx
 from optiq.configs import MeasureConfig
 from optiq.data.calibration import Windows
-from optiq.events import Emit
+from optiq.events import Emit, track
 from optiq.models.load import Source
 from optiq.numerics.lattice import find_lattice
 from optiq.quant.exact import ExactScores, brute_force
-from optiq.quant.sketch import Scores, Sketch
+from optiq.quant.sketch import Scores, Share, Sketch
 from optiq.quant.static import static_scores
 
 NO_LATTICE = LatticeReport("none", False, 0.0, 0.0)
@@ -84,8 +84,9 @@ def measure_table(
     if config.method == "static":
         rows = static_scores(source, config.rounding)
     elif config.method == "exact":
-        exact = ExactScores(source, windows.tokens, work, config, emit)
-        rows = _exact_rows(source, exact)
+        exact = ExactScores(source, windows.tokens, work / "exact", config.rounding)
+        rows = _exact_rows(source, exact, emit)
+        exact.close()
     else:
         scores, lengths = _sketched(source, windows.tokens, config, work, emit, group)
         probes = len(lengths)
@@ -107,9 +108,10 @@ def measure_table(
         provenance=provenance,
     )
     if config.verify and config.method == "fisher":
-        exact = ExactScores(source, windows.tokens, work, config, emit)
+        exact = ExactScores(source, windows.tokens, work / "exact", config.rounding)
         pairs = EFFORTS[config.effort].verify_pairs
         table = dataclasses.replace(table, checks=checks | brute_force(table, exact, pairs, emit))
+        exact.close()
     return table
 
 
@@ -128,12 +130,9 @@ def _sketched(
         source,
         shares[group.rank()],
         work / f"rank_{group.rank()}" if group.size() > 1 else work,
-        rounding=config.rounding,
-        seed=config.seed,
-        emit=emit,
-        first=first,
-        uniform4=config.reference == "uniform4",
-        group=group if group.size() > 1 else None,
+        config,
+        emit,
+        Share(first, group),
     )
     scores = sketch.run()
     if group.size() > 1:
@@ -166,11 +165,12 @@ def _module_scores(info: ModuleInfo, scores: Scores, window: int, source: Source
     return ModuleScores(info, tuple(rows), report)
 
 
-def _exact_rows(source: Source, exact: ExactScores) -> tuple[ModuleScores, ...]:
+def _exact_rows(source: Source, exact: ExactScores, emit: Emit) -> tuple[ModuleScores, ...]:
     rows = []
     weights = source.weights()
     itemsize = source.info.itemsize
-    for info in source.modules:
+    modules = track(source.modules, emit, "exact", len(source.modules), "modules")
+    for info in modules:
         lattice = find_lattice(weights[f"{info.path}.weight"], source.dtype)
         options: tuple[QuantOption, ...] = menu(info.in_dims)
         options = (*options, LATTICE) if lattice else options

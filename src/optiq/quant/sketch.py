@@ -5,11 +5,12 @@ For a probe v at the logits with covariance diag(p) - p p^T at every token, the 
 s = <dL/dW, W - Q(W)> of L = sum_t v_t . z_t has E[s^2] = 2 KL, summed over the T tokens of the
 sequence. One backward pass gives dL/dW = g^T x of every matrix, so s for every option.
 
-Passes: F runs the blocks forward, collects Gram matrices and the rounding ratios; H runs the head in
-slices of the vocabulary; B walks the blocks backwards. Each block is a checkpoint.
+Passes: F runs the blocks forward, collects Gram matrices and the rounding ratios; H runs the head
+in slices of the vocabulary; B walks the blocks backwards. Each block is a checkpoint.
 
-Reference: second-order expansion as in HAWQ and GuidedQuant (arXiv 2505.07004); differs: the sum over
-the sequence is kept before squaring, which keeps all cross terms, and no layer is treated alone.
+Reference: second-order expansion as in HAWQ and GuidedQuant (arXiv 2505.07004); differs: the sum
+over the sequence is kept before squaring, which keeps all cross terms, and no layer is treated
+alone.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ import dataclasses
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from optiq.artifacts import LATTICE, ModuleInfo, QuantOption, Rounding, menu, write_atomic
-from optiq.backend import is_cpu, mx
+from optiq.artifacts import LATTICE, ModuleInfo, QuantOption, menu, write_atomic
+from optiq.backend import array_note, is_cpu, load_arrays, mx, save_arrays
+from optiq.configs import MeasureConfig
 from optiq.events import Emit, Progress, StageDone, StageStarted
 from optiq.models.head import HeadSlices
 from optiq.models.load import Source
@@ -132,6 +135,18 @@ def _exp(x: mx.array) -> mx.array:
     return mx.exp(x)
 
 
+class Share(NamedTuple):
+    """The part of a run's sequences that a process has.
+
+    Attributes:
+        first: number of its first sequence.
+        group: the processes of the run.
+    """
+
+    first: int
+    group: mx.distributed.Group
+
+
 class Sketch:
     """One run of the sketch over calibration windows.
 
@@ -139,11 +154,11 @@ class Sketch:
         source: the model.
         tokens: (N, T) int32 windows.
         work: directory for activations and checkpoints.
-        rounding: the rounding the ratios are for.
-        seed: seed of the probes; sequence n of the run uses the probe `first + n`.
+        config: the rounding the ratios are for, the seed of the probes, and the reference: with
+            `uniform4` the model is linearized at its uniform 4-bit form instead of at itself, while
+            scores remain distances from the source's weights.
         emit: receives progress.
-        first: number of the first sequence, when several processes share a run.
-        uniform4: linearize at the uniform 4-bit model instead of the source.
+        share: where several processes share a run; sequence n has the probe `first + n`.
 
     Cost: four forward passes' worth of products over N x T tokens, whatever the number of options.
     """
@@ -153,17 +168,15 @@ class Sketch:
         source: Source,
         tokens: npt.NDArray[np.int32],
         work: Path,
-        *,
-        rounding: Rounding,
-        seed: int,
+        config: MeasureConfig,
         emit: Emit,
-        first: int = 0,
-        uniform4: bool = False,
+        share: Share | None = None,
     ) -> None:
-        self.source, self.work, self.rounding, self.seed = source, work, rounding, seed
-        self.first, self._emit = first, emit
+        self.source, self.work, self.config, self._emit = source, work, config, emit
+        self.first = share.first if share else 0
+        self._group = share.group if share and share.group.size() > 1 else None
         self.infos = {info.path: info for info in source.modules}
-        overrides = self._uniform4 if uniform4 else None
+        overrides = self._uniform4 if config.reference == "uniform4" else None
         self.stream = StreamedModel(source, mx.array(tokens), work / "activations", overrides)
         self.num_sequences, self.window = tokens.shape
         self.scores: dict[str, Scores] = {}
@@ -179,12 +192,16 @@ class Sketch:
 
     # -- checkpoints -----------------------------------------------------------------------------
 
+    @property
+    def _state_file(self) -> Path:
+        return self.work / "state.safetensors"
+
     def _ratio_file(self, name: str) -> Path:
         return self.work / f"ratios_{name}.npz"
 
     def _save_ratios(self, name: str, ratios: dict[str, FloatArray]) -> None:
         buffer = io.BytesIO()
-        np.savez(buffer, allow_pickle=False, **ratios)  # type: ignore[arg-type]
+        np.savez(buffer, allow_pickle=False, **ratios)
         write_atomic(self._ratio_file(name), buffer.getvalue())
 
     def _save_state(self, name: str, cotangents: dict[Link, mx.array]) -> None:
@@ -192,22 +209,35 @@ class Sketch:
         arrays = {f"cot.{k.kind}.{k.index}.{k.leaf}": v for k, v in cotangents.items()}
         for path, score in self.scores.items():
             arrays[f"s.{path}"] = mx.array(score.s)
-        state = self.work / "state.safetensors"
-        temporary = self.work / "state.part.safetensors"
-        mx.save_safetensors(str(temporary), arrays, {"done": name})
-        temporary.replace(state)
+        save_arrays(self._state_file, arrays, name)
 
     def _load_state(self) -> tuple[str, dict[str, mx.array]]:
-        state = self.work / "state.safetensors"
-        if not state.is_file():
+        if not self._state_file.is_file():
             return "", {}
-        arrays, metadata = mx.load(str(state), return_metadata=True)
-        return str(metadata["done"]), arrays
+        return array_note(self._state_file), load_arrays(self._state_file)
+
+    def _agree(self) -> None:
+        """Let the processes of a run go on from the same point: the least that all have reached."""
+        if self._group is None:
+            return
+        reached = mx.array([self.stream.num_finished(), int(self._state_file.is_file())])
+        least = mx.distributed.all_min(reached, group=self._group)
+        blocks, has_state = (int(n) for n in np.array(least))
+        self.stream.forget(blocks)
+        if not has_state:
+            self._state_file.unlink(missing_ok=True)
+
+    def _summed(self, own: mx.array) -> mx.array:
+        """A Gram matrix over the sequences of all processes."""
+        if self._group is None:
+            return own
+        return mx.distributed.all_sum(own, group=self._group)
 
     # -- passes ----------------------------------------------------------------------------------
 
     def run(self) -> dict[str, Scores]:
         """Scores of every module, by path."""
+        self._agree()
         self._forward()
         done, stored = self._load_state()
         total = self.stream.num_blocks
@@ -260,11 +290,12 @@ class Sketch:
         def done(index: int, _block: object) -> None:
             weights = self.source.weights()
             ratios: dict[str, FloatArray] = {}
-            for paths, matrix in self._grams.groups():
+            for paths, own in self._grams.groups():
+                matrix = self._summed(own)
                 infos = [self.infos[path] for path in paths]
                 chosen = [weights[f"{path}.weight"] for path in paths]
                 found = rounding_ratios(
-                    infos, chosen, matrix, self.rounding, self.source.info.dtype
+                    infos, chosen, matrix, self.config.rounding, self.source.info.dtype
                 )
                 ratios |= found
             self._save_ratios(f"{index:04d}", ratios)
@@ -276,7 +307,7 @@ class Sketch:
 
     def _signs(self, row: int, vocab_slice: int, shape: tuple[int, int]) -> mx.array:
         """Rademacher numbers of a sequence and a slice of the vocabulary: (T, slice)."""
-        seeds = np.random.SeedSequence((self.seed, self.first + row, vocab_slice))
+        seeds = np.random.SeedSequence((self.config.seed, self.first + row, vocab_slice))
         size = -(-shape[0] * shape[1] // 8)
         words = mx.array(np.frombuffer(np.random.default_rng(seeds).bytes(size), np.uint8))
         bits = (words[:, None] >> mx.arange(8, dtype=mx.uint8)) & 1
@@ -378,10 +409,13 @@ class Sketch:
         _accumulate(score.s, part, uses, lattice, scored)
 
     def _head_ratios(self, head: HeadSlices) -> dict[str, FloatArray]:
-        ((_, matrix),) = self._grams.groups()
+        ((_, own),) = self._grams.groups()
+        matrix = self._summed(own)
         self._grams.clear()
         weight = self._weight(head.info.path)
-        return rounding_ratios([head.info], [weight], matrix, self.rounding, self.source.info.dtype)
+        return rounding_ratios(
+            [head.info], [weight], matrix, self.config.rounding, self.source.info.dtype
+        )
 
     def _block(self, index: int, cotangents: dict[Link, mx.array]) -> None:
         """Pass B on one block."""

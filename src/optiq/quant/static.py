@@ -1,7 +1,7 @@
 """Scores without data: the relative squared error of the weights, by role.
 
-The scale is arbitrary; only the order and the proportions count. Use it to compare, or where nothing
-can be run.
+The scale is arbitrary; only the order and the proportions count. Use it to compare, or where
+nothing can be run.
 """
 
 from __future__ import annotations

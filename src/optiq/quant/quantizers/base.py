@@ -118,7 +118,7 @@ def nearest(w: FloatArray, scales: FloatArray, biases: FloatArray, option: Quant
 
 
 def weighted_error(w: FloatArray, rounded: FloatArray, gram: FloatArray) -> FloatArray:
-    """d H d^T of each row's error d, (rows,): the squared error of the outputs."""
+    """Squared error of the outputs of each row: d H d^T of its error d, (rows,)."""
     d = w - rounded
     error: FloatArray = np.einsum("ij,ij->i", d @ gram, d)
     return error

@@ -29,7 +29,7 @@ _SHRINK = {
 
 
 class _Weighted:
-    """Groups with the weights of their errors, and the sums that do not change during the search."""
+    """Groups, the weights of their errors, and the sums that do not change during the search."""
 
     def __init__(self, groups: FloatArray, h: FloatArray) -> None:
         self.groups = groups

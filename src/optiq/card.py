@@ -1,0 +1,100 @@
+"""Artifacts -> README.md of a model directory."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import jinja2
+
+from optiq.artifacts import BitPlan, Fidelity, SensitivityTable, Speed
+from optiq.numerics.size import bpw, format_size
+
+
+@dataclasses.dataclass(frozen=True)
+class CardFacts:
+    """What a card is written from; every figure on it is one of these.
+
+    Attributes:
+        name: name of the directory.
+        plan: bits of every matrix.
+        table: the measurement behind the plan; None where a plan was given instead.
+        fidelity: the model on held-out text.
+        rivals: other models on the same text, for the same source.
+        speed: from `optiq bench`, if it ran.
+    """
+
+    name: str
+    plan: BitPlan
+    table: SensitivityTable | None
+    fidelity: Fidelity
+    rivals: Sequence[Fidelity] = ()
+    speed: Speed | None = None
+
+
+def render(facts: CardFacts) -> str:
+    """The card, as Markdown with the metadata block of the model hub."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("optiq", "."),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )
+    plan = facts.plan
+    matrices = len(plan.entries)
+    on_grid = [m for m in facts.table.modules if m.lattice.kind != "none"] if facts.table else []
+    return environment.get_template("card.md.jinja").render(
+        facts=facts,
+        plan=plan,
+        fidelity=facts.fidelity,
+        speed=facts.speed,
+        source_name=plan.source.name if plan.source.revision else Path(plan.source.name).name,
+        source_size=format_size(plan.source.size_bytes),
+        model_size=format_size(facts.fidelity.size_bytes),
+        options=_by_option(plan),
+        roles=_by_role(plan),
+        judged=[facts.fidelity, *facts.rivals],
+        format_size=format_size,
+        grid=f"{len(on_grid)} of {matrices}" if on_grid else "",
+        num_exact=sum(m.lattice.exact for m in on_grid),
+    )
+
+
+def _by_option(plan: BitPlan) -> list[tuple[str, int, str]]:
+    """Option, matrices and share of the weights, most bits first."""
+    total = sum(_num_params(shape) for shape in (e.shape for e in plan.entries))
+    count: Counter[str] = Counter()
+    weights: Counter[str] = Counter()
+    order = {}
+    for entry in plan.entries:
+        key = entry.option.key
+        order[key] = (-entry.option.bits, entry.option.group_size)
+        count[key] += 1
+        weights[key] += _num_params(entry.shape)
+    return [
+        (key, count[key], f"{100 * weights[key] / total:.1f}%")
+        for key in sorted(order, key=lambda key: order[key])
+    ]
+
+
+def _by_role(plan: BitPlan) -> list[tuple[str, int, str]]:
+    """Kind of matrix (the last word of its path), how many, and their stored bits per weight."""
+    groups: dict[str, list[tuple[int, int]]] = {}
+    for entry in plan.entries:
+        kind = entry.path.rpartition(".")[2]
+        groups.setdefault(kind, []).append((entry.size_bytes, _num_params(entry.shape)))
+    return [
+        (kind, len(rows), f"{bpw(sum(r[0] for r in rows), sum(r[1] for r in rows)):.2f}")
+        for kind, rows in groups.items()
+    ]
+
+
+def _num_params(shape: tuple[int, ...]) -> int:
+    product = 1
+    for size in shape:
+        product *= size
+    return product
