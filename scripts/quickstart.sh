@@ -12,15 +12,9 @@ step() {
 
 model="${MODEL:-$(python scripts/demo_model.py models)}"
 out="${OUT:-models/quickstart-5bpw}"
-rival="$(mktemp -d)"
-trap 'rm -rf "$rival"' EXIT
 
-step "converting $model to 5 stored bits per weight"
-optiq convert "$model" -o "$out" --effort quick --force
-step "its uniform rival, not smaller"
-optiq baseline "$model" --like "$out" -o "$rival/uniform"
-step "both judged on held-out text"
-optiq judge "$out" --baseline "$rival/uniform"
+step "converting $model to 5 stored bits per weight; the uniform rival is judged beside it"
+optiq convert "$model" -o "$out" --effort quick --max-windows 48 --rival --force
 step "what it writes"
 optiq generate "$out" "Why is the sky blue? Answer in one sentence." --max-tokens 48
 step "done"

@@ -130,14 +130,13 @@ def measure(
     Cost: see `quant.sensitivity.measure_table`. A killed run goes on at the block it was at.
     """
     run = run or RunConfig()
-    opened = open_source(source, run, emit)
-    config = config or MeasureConfig()
-    return _measured(opened, calibration_windows(opened, config), config, run, emit)
+    return _measured(open_source(source, run, emit), config or MeasureConfig(), run, emit)
 
 
 def _measured(
-    source: Source, text: Windows, config: MeasureConfig, run: RunConfig, emit: Emit
+    source: Source, config: MeasureConfig, run: RunConfig, emit: Emit
 ) -> SensitivityTable:
+    text = calibration_windows(source, config, EFFORTS[config.effort].num_windows)
     work = work_directory(source, run)
     key = digest(_MEASURE_VERSION, source.info, text.digest, _table_options(config))
     folder = work / f"measure-{key}"
@@ -155,20 +154,19 @@ def _table_options(config: MeasureConfig) -> tuple[object, ...]:
     return (config.method, config.reference, config.rounding, config.seed, config.verify)
 
 
-def calibration_windows(source: Source, config: MeasureConfig) -> Windows:
-    """The calibration windows of an effort, in the source's tokens."""
+def calibration_windows(source: Source, config: MeasureConfig, count: int) -> Windows:
+    """At most `count` calibration windows in the source's tokens, the same ones first."""
     records: tuple[Record, ...] = ()
     if config.calibration is None or config.extend_calibration:
         records = builtin_records("calibration")
     if config.calibration is not None:
         records += read_records(config.calibration)
-    effort = EFFORTS[config.effort]
     return windows(
         records,
         source.tokenizer,
         source.config,
-        window=effort.window,
-        count=effort.num_windows,
+        window=EFFORTS[config.effort].window,
+        count=count,
         seed=config.seed,
     )
 
@@ -240,7 +238,7 @@ class _Conversion:
         self.source, self.out, self.run, self.emit = source, out, run, emit
         self.measure_config, self.judge_config = measure, judge
         self.work = work_directory(source, run)
-        self.text = calibration_windows(source, measure)
+        self.text = calibration_windows(source, measure, EFFORTS[measure.effort].rounding_windows)
         self.heldout = heldout_records(judge)
         self._folders: list[Path] = []
 
@@ -256,7 +254,7 @@ class _Conversion:
             table = SensitivityTable.load(options.sensitivity)
             self._check_match(table, options.sensitivity)
         else:
-            table = _measured(self.source, self.text, self.measure_config, self.run, self.emit)
+            table = _measured(self.source, self.measure_config, self.run, self.emit)
         return table, allocate(table, budget)
 
     def _check_match(self, artifact: SensitivityTable | BitPlan, path: Path) -> None:
@@ -274,7 +272,7 @@ class _Conversion:
             )
 
     def written(self, plan: BitPlan, folder: Path, *, rival: bool) -> list[Fidelity]:
-        """Write the weights of a plan into `folder`; judge them and, if wanted, the uniform rival."""
+        """Write the weights of a plan into `folder`; judge them, if wanted beside the rival."""
         entries = [(e.path, e.option) for e in plan.entries]
         key = digest(_ROUND_VERSION, self.source.info, self.text.digest, plan.rounding, entries)
         state = self.work / f"round-{key}"

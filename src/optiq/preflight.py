@@ -111,7 +111,8 @@ def estimate(source: Source, verb: Verb, measure: MeasureConfig) -> Needs:
     seconds = passes * forward_flops / speed + millions * _SCORE_S[measure.rounding]
     if verb == "convert":
         squares = sum(2.0 * m.num_params * m.in_dims for m in source.modules)
-        seconds += (forward_flops + squares) / speed + millions * _ROUND_S[measure.rounding]
+        seconds += 2.0 * weights * effort.rounding_windows * effort.window / speed
+        seconds += squares / speed + millions * _ROUND_S[measure.rounding]
         seconds += 2 * 2.0 * weights * _JUDGE_TOKENS / speed
     boundary = _boundary_bytes(source, tokens)
     blocks = max(

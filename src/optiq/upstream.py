@@ -66,8 +66,11 @@ def load_quantized(path: Path) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def tokenizer_of(path: Path, config: dict[str, Any]) -> TokenizerWrapper:
-    """Tokenizer of a directory, with the eos ids of its config."""
-    return cast(TokenizerWrapper, load_tokenizer(path, eos_token_ids=config.get("eos_token_id")))
+    """Tokenizer of a directory, with the eos ids of its config; code it brings is refused."""
+    # without a word transformers would ask at the terminal, and run the code on a yes
+    never = {"trust_remote_code": False}
+    eos = config.get("eos_token_id")
+    return cast(TokenizerWrapper, load_tokenizer(path, never, eos_token_ids=eos))
 
 
 def generate_text(

@@ -14,19 +14,17 @@ REPORT = "; print(blas.NAME)"
 IMPORT = "from optiq import blas"
 
 
-def fresh(program, choice=None):
+@pytest.fixture
+def fresh(monkeypatch):
     """Output and warnings of a program in a new interpreter with that `OPTIQ_BLAS`."""
-    environment = {name: value for name, value in os.environ.items() if name != "OPTIQ_BLAS"}
-    if choice is not None:
-        environment["OPTIQ_BLAS"] = choice
-    done = subprocess.run(
-        [sys.executable, "-W", "default", "-c", program + REPORT],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return done.stdout.strip(), done.stderr
+
+    def run(program, choice=""):
+        monkeypatch.setenv("OPTIQ_BLAS", choice)
+        command = [sys.executable, "-W", "default", "-c", program + REPORT]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return done.stdout.strip(), done.stderr
+
+    return run
 
 
 @pytest.fixture
@@ -81,7 +79,12 @@ def test_auto_without_a_library_says_that_it_is_slow(load):
 
 @pytest.mark.parametrize(
     ("system", "backends"),
-    [("Darwin", ["mlx-metal"]), ("Linux", ["mlx-cuda-13"]), ("Linux", []), ("Windows", ["mlx-cpu"])],
+    [
+        ("Darwin", ["mlx-metal"]),
+        ("Linux", ["mlx-cuda-13"]),
+        ("Linux", []),
+        ("Windows", ["mlx-cpu"]),
+    ],
 )
 def test_auto_leaves_other_machines_alone(load, system, backends):
     libraries = {"libopenblas.so.0": ["cblas_sgemm"]}
@@ -90,7 +93,9 @@ def test_auto_leaves_other_machines_alone(load, system, backends):
 
 
 def test_a_named_library_is_loaded_anywhere(load):
-    found = load("/opt/libx.so", libraries={"/opt/libx.so": ["cblas_sgemm"]}, backends=["mlx-metal"])
+    found = load(
+        "/opt/libx.so", libraries={"/opt/libx.so": ["cblas_sgemm"]}, backends=["mlx-metal"]
+    )
     assert found == ("libx.so", ["/opt/libx.so"])
 
 
@@ -112,13 +117,13 @@ def test_an_empty_choice_is_auto(load):
 # -- in a process of its own ---------------------------------------------------------------------
 
 
-def test_off_in_a_fresh_interpreter():
+def test_off_in_a_fresh_interpreter(fresh):
     name, warnings = fresh(IMPORT, "off")
     assert name == "MLX's own (OPTIQ_BLAS=off)"
     assert warnings == ""
 
 
-def test_mlx_before_optiq_warns():
+def test_mlx_before_optiq_warns(fresh):
     name, warnings = fresh(f"import mlx.core; {IMPORT}", ctypes.util.find_library("c") or "libc")
     assert name == "MLX's own (mlx was imported before optiq)"
     assert "RuntimeWarning: mlx was imported before optiq" in warnings
@@ -126,14 +131,16 @@ def test_mlx_before_optiq_warns():
 
 
 @pytest.mark.skipif(not ctypes.util.find_library("m"), reason="needs a C library by name")
-def test_a_library_that_is_no_blas_warns():
+def test_a_library_that_is_no_blas_warns(fresh):
     library = ctypes.util.find_library("m")
     name, warnings = fresh(IMPORT, library)
     assert name == "MLX's own"
-    assert f"RuntimeWarning: OPTIQ_BLAS={library} cannot be loaded or has no cblas_sgemm" in warnings
+    assert (
+        f"RuntimeWarning: OPTIQ_BLAS={library} cannot be loaded or has no cblas_sgemm" in warnings
+    )
 
 
-def test_the_backend_names_the_library_that_was_loaded():
+def test_the_backend_names_the_library_that_was_loaded(fresh):
     """The same interpreter loads the BLAS, then MLX, without a word, and products are right."""
     program = (
         "import optiq, sys; assert 'mlx.core' not in sys.modules; "

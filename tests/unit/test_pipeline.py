@@ -15,12 +15,12 @@ from optiq.artifacts import BitPlan, Fidelity, SensitivityTable
 from optiq.backend import mx
 from optiq.configs import AllocateConfig, ConvertConfig, JudgeConfig, MeasureConfig, RunConfig
 from optiq.errors import ArtifactMismatch, BudgetInfeasible, OptiqError, TargetMissed, UsageError
-from optiq.events import StageDone
+from optiq.events import StageDone, no_emit
 from optiq.models.load import size_on_disk
 from optiq.quant import sensitivity
 from tests.tiny import tiny_checkpoint
 
-SMALL = sensitivity.Effort(window=32, num_windows=12, verify_pairs=6)
+SMALL = sensitivity.Effort(window=32, num_windows=12, rounding_windows=16, verify_pairs=6)
 JUDGE = JudgeConfig(window=32, max_windows=6)
 
 
@@ -34,7 +34,7 @@ def work(tmp_path_factory):
     return RunConfig(work=tmp_path_factory.mktemp("work"))
 
 
-def convert(source, out, run, bpw=4.5, emit=lambda event: None, **options):
+def convert(source, out, run, bpw=4.5, emit=no_emit, **options):
     return pipeline.convert(
         str(source),
         out,
@@ -111,7 +111,7 @@ def test_a_run_stopped_anywhere_goes_on_to_the_same_bytes(tiny_llama, tmp_path, 
     for point in (1, 3, 5, 8, 11, 14, 17, 21, 26, 31):
         seen = 0
 
-        def emit(event, point=point):
+        def emit(_event, point=point):
             nonlocal seen
             seen += 1
             if seen == point:

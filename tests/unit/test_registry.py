@@ -1,5 +1,9 @@
 """Names, built-ins and plug-ins of a registry."""
 
+import sys
+from collections import Counter
+from pathlib import Path
+
 import pytest
 
 from optiq.errors import UsageError
@@ -31,12 +35,9 @@ def test_names_are_sorted():
 
 
 def test_get_imports_the_attribute():
-    import collections
-    import pathlib
-
     registry = Registry("thing", BUILTIN)
-    assert registry.get("path") is pathlib.Path
-    assert registry.get("counter") is collections.Counter
+    assert registry.get("path") is Path
+    assert registry.get("counter") is Counter
 
 
 def test_nothing_is_imported_before_it_is_used():
@@ -90,7 +91,7 @@ def test_two_plug_ins_of_one_name_are_an_error(install):
     ids=["module missing", "attribute missing"],
 )
 def test_a_plug_in_that_cannot_be_loaded_is_named(install, modules, cause, monkeypatch):
-    monkeypatch.delitem(__import__("sys").modules, "registry_plugin_e", raising=False)
+    monkeypatch.delitem(sys.modules, "registry_plugin_e", raising=False)
     install("plugin_e", {"extra": "registry_plugin_e:VALUE"}, modules)
     registry = Registry("thing", BUILTIN)
     assert registry.get("counter")

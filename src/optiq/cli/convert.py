@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from optiq.artifacts import Fidelity
 from optiq.cli import output
 from optiq.cli.options import ConfigCommand, Configs, config_options
 from optiq.configs import AllocateConfig, ConvertConfig, JudgeConfig, MeasureConfig, RunConfig
@@ -54,6 +55,7 @@ def command(source: str, out: Path | None, as_json: bool, configs: Configs) -> N
                 "card": str(release.card),
                 "predicted_kl": release.plan.predicted_kl,
                 "fidelity": output.as_dict(release.fidelity),
+                "rivals": [output.as_dict(rival) for rival in release.rivals],
             }
         )
         return
@@ -63,15 +65,22 @@ def command(source: str, out: Path | None, as_json: bool, configs: Configs) -> N
 def _rows(release: Release) -> list[tuple[str, str]]:
     """What the user asked for and got."""
     fidelity = release.fidelity
-    return [
+    rows = [
         ("model", str(release.path)),
-        ("stored", f"{fidelity.bpw:.3f} bpw, {fidelity.size_bytes / 1e6:.1f} MB"),
+        ("stored", _stored(fidelity)),
         ("predicted KL", f"{release.plan.predicted_kl:.4g} nats/token"),
-        (
-            "measured KL",
-            f"{fidelity.kl_nats_per_token:.4g} +- {fidelity.kl_se:.1g} nats/token "
-            f"({fidelity.num_tokens:,} held-out tokens)",
-        ),
+        ("measured KL", f"{_kl(fidelity)} nats/token ({fidelity.num_tokens:,} held-out tokens)"),
         ("top-1 agreement", f"{100 * fidelity.top1_agreement:.1f}%"),
-        ("card", str(release.card)),
     ]
+    for rival in release.rivals:
+        times = rival.kl_nats_per_token / fidelity.kl_nats_per_token
+        rows.append((rival.model, f"{_stored(rival)}: KL {_kl(rival)}, {times:.1f} times as far"))
+    return [*rows, ("card", str(release.card))]
+
+
+def _stored(fidelity: Fidelity) -> str:
+    return f"{fidelity.bpw:.3f} bpw, {fidelity.size_bytes / 1e6:.1f} MB"
+
+
+def _kl(fidelity: Fidelity) -> str:
+    return f"{fidelity.kl_nats_per_token:.4g} +- {fidelity.kl_se:.1g}"

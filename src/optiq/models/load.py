@@ -11,7 +11,7 @@ import functools
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from optiq import hub, settings
 from optiq.artifacts import ModuleInfo, SourceInfo
@@ -22,9 +22,7 @@ from optiq.events import Emit, Notice, no_emit
 from optiq.models.gguf import import_gguf
 from optiq.models.modules import find_modules, parameters_of
 from optiq.models.safetensors_io import fingerprint, read_headers
-from optiq.upstream import TokenizerWrapper, build_model, load_config
-
-from mlx_lm.utils import load_tokenizer as load_mlx_tokenizer  # isort: skip  after the BLAS
+from optiq.upstream import TokenizerWrapper, build_model, load_config, tokenizer_of
 
 _DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
 
@@ -99,12 +97,7 @@ def load_tokenizer(path: Path, config: dict[str, Any]) -> TokenizerWrapper:
     if not any((path / name).is_file() for name in names):
         raise UsageError(f"{path} has no tokenizer; add tokenizer.json or give --tokenizer DIR")
     try:
-        # without a word transformers would ask at the terminal, and run the code on a yes
-        never = {"trust_remote_code": False}
-        return cast(
-            TokenizerWrapper,
-            load_mlx_tokenizer(path, never, eos_token_ids=config.get("eos_token_id")),
-        )
+        return tokenizer_of(path, config)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(

@@ -219,6 +219,15 @@ class StreamedModel:
         kept = itertools.takewhile(lambda pair: self._file(pair[0]).is_file(), enumerate(calls))
         return [call for _, call in kept]
 
+    def num_finished(self) -> int:
+        """Blocks that an earlier run finished, which `forward` will not run again."""
+        return len(self._load_calls())
+
+    def forget(self, count: int) -> None:
+        """Let `forward` run all but the first `count` blocks again."""
+        for index in range(count, self.num_blocks):
+            self._file(index).unlink(missing_ok=True)
+
     def adopt(self, other: StreamedModel, count: int) -> None:
         """Take over the first blocks of another run, so that `forward` begins after them.
 

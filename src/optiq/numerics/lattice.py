@@ -92,12 +92,15 @@ def _start(constant: mx.array, value: mx.array, dtype: mx.Dtype) -> _Found:
 
 
 def _symmetric(blocks: mx.array, dtype: mx.Dtype, source: mx.Dtype) -> _Found:
-    """Best grid with bias -8 d: the value of largest magnitude is k steps from zero, k in 1..8."""
+    """Best grid with bias -8 d: the value of largest magnitude is -k d, k in 8..1.
+
+    For k < 8 the codes are symmetric, so that d of the other sign is the same grid.
+    """
     at = mx.abs(blocks).argmax(axis=-1, keepdims=True)
     extreme = mx.take_along_axis(blocks, at, axis=-1)[..., 0]
     found = _start(extreme == 0, extreme, dtype)
-    for k, sign in [(8, -1.0), *((k, s) for k in range(7, 0, -1) for s in (-1.0, 1.0))]:
-        scale = extreme * (sign / k)
+    for k in range(8, 0, -1):
+        scale = -extreme / k
         q = encode(blocks, Grid(scale, -8 * scale), BITS) - 8
         power = (q * q).sum(axis=-1)
         fitted = (q * blocks).sum(axis=-1) / mx.where(power > 0, power, 1)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from optiq.artifacts import ModuleInfo, QuantOption, Rounding, menu
+from optiq.artifacts import GROUP_SIZES, ModuleInfo, QuantOption, Rounding, menu
 from optiq.backend import mx
 from optiq.models.taps import Call
 from optiq.numerics.gram import damped, gram
@@ -14,6 +14,7 @@ from optiq.quant.quantizers import gptq, rtn, search
 from optiq.quant.quantizers.base import FloatArray, Inputs, weighted_error
 
 SAMPLE_ROWS = 192
+_MAX_COLUMNS = 2048
 
 
 class GramStore:
@@ -52,11 +53,24 @@ class GramStore:
         self._matrices, self._of = [], {}
 
 
-def _sample(weight: mx.array) -> FloatArray:
+def _sample(weight: mx.array, columns: mx.array) -> FloatArray:
     rows = weight.reshape(-1, weight.shape[-1])
     count = min(SAMPLE_ROWS, rows.shape[0])
     picked = np.linspace(0, rows.shape[0] - 1, count).round().astype(np.int64)
-    return np.array(rows[mx.array(picked)].astype(mx.float32))
+    return np.array(rows[mx.array(picked)][:, columns].astype(mx.float32))
+
+
+def _sampled_columns(in_dims: int) -> mx.array:
+    """All columns, or of a long row evenly spaced runs of whole groups, 2048 columns in all.
+
+    Error feedback over a part of the columns leaves a little more error than over all of them; the
+    cost of factorizing the inputs would grow with the cube of their number.
+    """
+    if in_dims <= _MAX_COLUMNS:
+        return mx.arange(in_dims)
+    run = max(size for size in GROUP_SIZES if in_dims % size == 0)
+    starts = np.linspace(0, in_dims // run - 1, _MAX_COLUMNS // run).round().astype(np.int64) * run
+    return mx.array((starts[:, None] + np.arange(run)).reshape(-1))
 
 
 def rounding_ratios(
@@ -78,14 +92,16 @@ def rounding_ratios(
     Returns:
         By path, one ratio for every option of `artifacts.menu`, in its order.
 
-    Cost: one factorization, and the rounding of at most 192 rows a module at every option.
+    Cost: one factorization, and the rounding of at most 192 rows x 2048 columns a module at every
+        option.
     """
     options = menu(infos[0].in_dims)
     if rounding == "rtn" or not options:
         return {info.path: np.ones(len(options), np.float32) for info in infos}
-    inputs = Inputs(np.array(matrix))
+    columns = _sampled_columns(infos[0].in_dims)
+    inputs = Inputs(np.array(matrix[columns][:, columns]))
     weighing = damped(inputs.gram, gptq.DAMPING)
-    samples = [_sample(weight) for weight in weights]
+    samples = [_sample(weight, columns) for weight in weights]
     rows = np.concatenate(samples)
     before = [
         weighted_error(rows, rtn.quantize(rows, option, inputs, dtype).weights(), weighing)
@@ -117,6 +133,7 @@ def _rounded_errors(
         return [weighted_error(rows, p.weights(), weighing) for p in packed]
     back = gptq.feedback(inputs.gram)
     errors: list[FloatArray] = [rows[:, 0]] * len(options)
+
     for size in sorted({option.group_size for option in options}):
         at = [n for n, option in enumerate(options) if option.group_size == size]
         levels = [np.full(len(rows), 2 ** options[n].bits - 1, np.float32) for n in at]

@@ -41,19 +41,23 @@ class Effort:
 
     Attributes:
         window: tokens of a window.
-        num_windows: calibration windows, one probe each.
+        num_windows: windows of the measurement, one probe each.
+        rounding_windows: windows whose inputs weigh the rounding errors; more of them than of
+            probes, because a forward pass is cheap and GPTQ overfits the inputs it has seen
+            (docs/log.md, calibration windows).
         verify_pairs: module x option pairs of `--verify`.
     """
 
     window: int
     num_windows: int
+    rounding_windows: int
     verify_pairs: int
 
 
 EFFORTS = {
-    "quick": Effort(window=256, num_windows=24, verify_pairs=10),
-    "standard": Effort(window=256, num_windows=64, verify_pairs=16),
-    "thorough": Effort(window=256, num_windows=160, verify_pairs=32),
+    "quick": Effort(window=256, num_windows=24, rounding_windows=96, verify_pairs=10),
+    "standard": Effort(window=256, num_windows=64, rounding_windows=240, verify_pairs=16),
+    "thorough": Effort(window=256, num_windows=160, rounding_windows=1000, verify_pairs=32),
 }
 
 
@@ -92,7 +96,7 @@ def measure_table(
         probes = len(lengths)
         checks["split_half"] = split_half(scores)
         rows = tuple(
-            _module_scores(info, scores[info.path], windows.tokens.shape[1], source)
+            module_scores(info, scores[info.path], windows.tokens.shape[1], source)
             for info in source.modules
         )
     table = SensitivityTable(
@@ -143,7 +147,7 @@ def _sketched(
     return scores, tokens[:, 0]
 
 
-def _module_scores(info: ModuleInfo, scores: Scores, window: int, source: Source) -> ModuleScores:
+def module_scores(info: ModuleInfo, scores: Scores, window: int, source: Source) -> ModuleScores:
     """Mean and standard error of s^2 / (2 T), times the rounding ratio."""
     samples = scores.s.astype(np.float64) ** 2 / (2 * window)
     mean = samples.mean(axis=0) * scores.ratios

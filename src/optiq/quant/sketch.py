@@ -497,16 +497,14 @@ class Sketch:
             self._score_module(info, weight, [(rows.start, call)])
             return
         assert call.g is not None
-        used, position = np.unique(np.array(call.x), return_inverse=True)
-        picked = mx.array(used)
-        lattice = score.lattice and _part(score.lattice, picked)
-        d = deltas(weight[picked].astype(mx.float32), score.options, lattice, self.source.dtype)
-        d = d.reshape(len(score.options), len(used), -1)
         g = call.g.astype(mx.float32)
-        for n, positions in enumerate(position.reshape(call.x.shape)):
-            gradient = mx.zeros((len(used), g.shape[-1])).at[mx.array(positions)].add(g[n])
-            s = (d * gradient).sum(axis=(1, 2))
-            score.s[rows.start + n] += np.array(s)
+        for n, ids in enumerate(np.array(call.x)):  # a sequence uses few rows of the table
+            used, position = np.unique(ids, return_inverse=True)
+            picked = mx.array(used)
+            lattice = score.lattice and _part(score.lattice, picked)
+            d = deltas(weight[picked].astype(mx.float32), score.options, lattice, self.source.dtype)
+            gradient = mx.zeros((len(used), g.shape[-1])).at[mx.array(position)].add(g[n])
+            score.s[rows.start + n] += np.array(d @ gradient.reshape(-1))
 
     def _attach_ratios(self) -> None:
         for file in sorted(self.work.glob("ratios_*.npz")):

@@ -75,7 +75,11 @@ class FakePipeline(types.ModuleType):
     def convert(self, source: str, out: Path, **kwargs: Any) -> Any:
         self._note("convert", (source, out), kwargs)
         return types.SimpleNamespace(
-            path=out, plan=make_plan(), fidelity=make_fidelity(str(out)), card=out / "README.md"
+            path=out,
+            plan=make_plan(),
+            fidelity=make_fidelity(str(out)),
+            rivals=(make_fidelity("uniform 4/64"),) if kwargs["convert"].rival else (),
+            card=out / "README.md",
         )
 
     def judge(self, model: Path, *, baselines: tuple[Path, ...], **kwargs: Any) -> list[Fidelity]:

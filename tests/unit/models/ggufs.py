@@ -6,6 +6,8 @@ Names of tensors and metadata come from the gguf package, never from optiq.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +39,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
 COMMON = {"rope_theta": 700.0, "rms_norm_eps": 1e-3}
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
-MERGES = ["t h", "th e", "Ġ the", "1 2", "3 4", "12 34", "Ġ Ġ", "Ã ©", "Ċ Ċ", "' T"]
+MERGES = ["t h", "th e", "Ġ the", "1 2", "3 4", "12 34", "Ġ Ġ", "Ã ©", "Ċ Ċ", "T T", "' T"]
 TOOL_TOKEN = "<tool_call>"
+TOOL_ID = len(ALPHABET) + len(SPECIALS) + len(MERGES)
 SPM_MERGES = ["h e", "l l", "he ll", "hell o", "\u2581 hello", "o r", "\u2581 w"]
 
 Array = np.ndarray[Any, Any]
@@ -100,16 +103,19 @@ class Recipe:
 def recipe(arch: str = "llama", *, seed: int = 0, **overrides: Any) -> Recipe:
     """A tiny random model with a byte-level vocabulary; `overrides` are of its config."""
     config = tiny_config(MODEL_TYPES[arch], **(COMMON | CONFIGS[arch] | overrides))
-    weights = {
-        name: np.array(value.astype(mx.float32))
-        for name, value in tiny_weights(config, seed).items()
-    }
+    weights = {name: value.copy() for name, value in _weights(json.dumps(config), seed).items()}
     writer = GGUFWriter(None, arch)
     _add_config(writer, arch, config)
     fields = {k: v for k, v in writer.kv_data[0].items() if k != "general.architecture"}
     made = Recipe(arch, config, weights, fields, _converted(arch, config, weights))
     add_byte_level(made)
     return made
+
+
+@functools.cache
+def _weights(config: str, seed: int) -> dict[str, Array]:
+    weights = tiny_weights(json.loads(config), seed)
+    return {name: np.array(value.astype(mx.float32)) for name, value in weights.items()}
 
 
 def _add_config(writer: GGUFWriter, arch: str, config: dict[str, Any]) -> None:
@@ -151,7 +157,7 @@ def _converted(
             value = permuted(value, config["num_key_value_heads"])
         if arch == "gemma3" and hf_name.endswith("norm.weight"):
             value = value + 1
-        tensors[name] = value
+        tensors[name] = value.copy()
     return tensors
 
 

@@ -163,6 +163,7 @@ def test_equal_files_give_equal_directories(tmp_path):
     path = recipe(**ONE_BLOCK).write(tmp_path / "model.gguf")
     import_gguf(path, tmp_path / "one")
     import_gguf(path, tmp_path / "two")
+    assert (tmp_path / "one").stat().st_mode & 0o777 == 0o755
     names = {file.name for file in (tmp_path / "one").iterdir()}
     assert names == {
         "chat_template.jinja",
@@ -428,7 +429,9 @@ def test_a_file_cut_short_is_refused(where, sound, tmp_path):
     end = ends[where] if where in ends else place_of(sound.data, where) + 30
     path = tmp_path / "model.gguf"
     path.write_bytes(sound.data[:end])
-    assert "is cut short" in refusal(path, tmp_path)
+    message = refusal(path, tmp_path)
+    assert "is cut short" in message
+    assert end < 8 or "bytes are missing at its end" in message
 
 
 METADATA_BYTES = 6500
@@ -443,7 +446,7 @@ def test_wherever_a_file_is_cut_it_is_refused(sound, end):
         refusal(path, Path(folder))
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(at=st.integers(0, METADATA_BYTES), value=st.integers(0, 255))
 def test_damaged_metadata_give_a_directory_or_one_sentence(sound, at, value):
     damaged = bytearray(sound.data)
@@ -642,7 +645,7 @@ def test_smollm2_has_the_weights_and_the_config_of_its_directory(smollm2):
     assert set(given) == set(wanted)
     for name, value in wanted.items():
         ours, theirs = as_numpy(given[name]), as_numpy(value)
-        # half a unit of bfloat16 and of float16, and of float16's smallest numbers
-        bound = np.abs(theirs) * (2**-9 + 2**-11) + 2**-25
+        # half a last digit of bfloat16 and of float16, and of float16's smallest numbers
+        bound = np.abs(theirs) * (2**-8 + 2**-11) + 2**-25
         assert np.all(np.abs(ours - theirs) <= bound), name
         assert ours.any()

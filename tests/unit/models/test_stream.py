@@ -338,11 +338,25 @@ class Losses(Toy):
         return h
 
 
+class Counts(Toy):
+    """Whole numbers without rows that depend on the micro-batch."""
+
+    class block(Block):
+        def __call__(self, x):
+            return super().__call__(x), (x > 0).sum()
+
+    def body(self, h, tokens):
+        for layer in self.layers:
+            h, _ = layer(h)
+        return h
+
+
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
         (HeadReadsMore, "logits of this model are computed from more than"),
         (Flat, r"takes an array of shape \[15, 8\], which has no row for each sequence"),
+        (Counts, r"returns an array of shape \[\], which has no row for each sequence"),
         (Losses, r"returns an array of shape \[\], which has no row for each sequence"),
         (Cached, "takes or returns a object"),
     ],
@@ -463,6 +477,24 @@ def test_blocks_are_run_again_from_a_lost_file_on(deep, tmp_path, opened):
     (tmp_path / "block_0001.safetensors").unlink()
     opened.clear()
     StreamedModel(deep, tokens_of(), tmp_path).forward()
+    assert opened == {"weights": 4, 1: 1, 2: 1, 3: 1}
+    assert activations(tmp_path) == before
+
+
+def test_finished_blocks_are_counted_and_can_be_forgotten(deep, tmp_path, opened):
+    stream = StreamedModel(deep, tokens_of(), tmp_path)
+    assert stream.num_finished() == 0
+    with pytest.raises(Interrupt):
+        stream.forward(done=interrupt_after(2))
+    assert stream.num_finished() == 2
+    stream.forward()
+    before = activations(tmp_path)
+    assert StreamedModel(deep, tokens_of(), tmp_path).num_finished() == 4
+    assert StreamedModel(deep, tokens_of(seed=1), tmp_path).num_finished() == 0
+    stream.forget(1)
+    assert stream.num_finished() == 1
+    opened.clear()
+    stream.forward()
     assert opened == {"weights": 4, 1: 1, 2: 1, 3: 1}
     assert activations(tmp_path) == before
 

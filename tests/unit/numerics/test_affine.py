@@ -210,6 +210,7 @@ def test_codes_are_nearest(bits, scale, bias, values):
     codes = np.array(encode(mx.array(w[None]), grid, bits))[0]
     assert (codes == codes.round()).all()
     assert ((codes >= 0) & (codes <= 2**bits - 1)).all()
+    assert scale or not codes.any()
     levels = np.arange(2**bits) * np.float64(scale) + bias
     best = abs(w[:, None] - levels).min(axis=1)
     found = abs(w - levels[codes.astype(int)])

@@ -30,9 +30,7 @@ def test_damping_adds_a_share_of_the_mean_diagonal_and_leaves_its_argument():
     before = h.copy()
     found = damped(h, 0.1)
     np.testing.assert_array_equal(h, before)
-    np.testing.assert_allclose(
-        found - h, 0.1 * np.diag(h).mean() * np.eye(16), atol=1e-4 * h.max()
-    )
+    np.testing.assert_allclose(found - h, 0.1 * np.diag(h).mean() * np.eye(16), atol=1e-4 * h.max())
 
 
 @pytest.mark.parametrize(

@@ -221,6 +221,18 @@ def test_blocks_of_one_sign(dtype, codes):
     assert_exact(w, find(w, dtype), dtype)
 
 
+def test_blocks_far_from_zero():
+    """bfloat16 moves their values by more than "near", yet a stored grid gives each one back."""
+    rng = np.random.default_rng(4)
+    d = rounded(rng.uniform(0.001, 0.01, (64, 8, 1)), "bfloat16")
+    q = rng.integers(0, 16, (64, 8, 32))
+    q[..., 0], q[..., 1] = 0, 15
+    w = rounded(d * q + rounded(10 * d, "bfloat16"), "bfloat16").reshape(64, 256)
+    lattice = find(w, "bfloat16")
+    assert_exact(w, lattice, "bfloat16", "affine")
+    assert lattice.report.residual > NEAR
+
+
 @dtypes
 @pytest.mark.parametrize("kind", ["q4_0", "affine"])
 def test_zero_and_constant_blocks_among_others(dtype, kind):
@@ -348,6 +360,10 @@ def test_a_matrix_of_several_chunks():
     lattice = find(w, "bfloat16")  # 64 rows and 6
     assert_exact(w, lattice, "bfloat16")
     assert lattice.grid.scales.shape == (70, 512)
+    w[1, :32] = rounded(gauss((32,), seed=9), "bfloat16")
+    report = find(w, "bfloat16").report
+    assert not report.exact
+    assert report.blocks == pytest.approx(1 - 1 / (70 * 512))
 
 
 # -- a checkpoint --------------------------------------------------------------------------------

@@ -127,9 +127,17 @@ def weighted_error(w: FloatArray, rounded: FloatArray, gram: FloatArray) -> Floa
 T = TypeVar("T")
 
 
+def row_slices(rows: int, chunk: int) -> list[slice]:
+    """Slices of at most `chunk` rows that cover all."""
+    return [slice(start, min(start + chunk, rows)) for start in range(0, rows, chunk)]
+
+
 def over_rows(rows: int, chunk: int, work: Callable[[slice], T]) -> list[T]:
-    """`work` on slices of at most `chunk` rows, in threads; results in order."""
-    slices = [slice(start, min(start + chunk, rows)) for start in range(0, rows, chunk)]
+    """`work` on slices of at most `chunk` rows, in threads; results in order.
+
+    For elementwise work: products have the threads of the BLAS already.
+    """
+    slices = row_slices(rows, chunk)
     if len(slices) == 1:
         return [work(slices[0])]
     with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -14,7 +14,7 @@ from optiq.quant.quantizers.base import (
     Inputs,
     Packed,
     nearest,
-    over_rows,
+    row_slices,
     weighted_error,
 )
 from optiq.quant.quantizers.search import searched
@@ -111,7 +111,8 @@ def quantize_with(
         better = error <= weighted_error(part, before.weights(), gram)
         return np.where(better[:, None], codes, before.codes)
 
-    parts = over_rows(w.shape[0], _CHUNK_ROWS, work)
+    # one slice after the other: its products are shared out to threads by the BLAS
+    parts = [work(rows) for rows in row_slices(w.shape[0], _CHUNK_ROWS)]
     return Packed(np.concatenate(parts), scales, biases)
 
 

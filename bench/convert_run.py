@@ -1,0 +1,72 @@
+"""What a run takes: seconds of every stage, peak of memory, bytes.
+
+usage: python bench/convert_run.py SOURCE [--measure-only] [--effort E] [--target-bpw B] [-o OUT]
+
+Runs `optiq.measure`, and `optiq.convert` unless told not to, in an empty work directory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import optiq  # before mlx, for its BLAS
+from optiq import pipeline
+from optiq.backend import mx
+from optiq.configs import AllocateConfig, MeasureConfig, RunConfig
+from optiq.evals.provenance import provenance
+from optiq.events import PlainRenderer
+from optiq.models.load import open_source
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("source")
+    parser.add_argument("--measure-only", action="store_true")
+    parser.add_argument("--effort", default="standard")
+    parser.add_argument("--target-bpw", type=float, default=5.0)
+    parser.add_argument("-o", "--out", type=Path)
+    args = parser.parse_args()
+    measure = MeasureConfig(effort=args.effort)
+    result: dict[str, object] = {
+        "optiq": optiq.__version__,
+        "device": provenance().device,
+        "blas": provenance().blas,
+        "effort": args.effort,
+        "source_bytes": open_source(args.source).info.size_bytes,
+    }
+    with tempfile.TemporaryDirectory() as folder, PlainRenderer(sys.stderr, 15.0) as emit:
+        run = RunConfig(work=Path(folder) / "work")
+        start = time.perf_counter()
+        table = pipeline.measure(args.source, measure, run, emit)
+        result["measure_s"] = round(time.perf_counter() - start, 1)
+        result["tokens"] = table.num_tokens
+        if not args.measure_only:
+            start = time.perf_counter()
+            release = pipeline.convert(
+                args.source,
+                Path(folder) / "model",
+                measure=measure,
+                allocate=AllocateConfig(target_bpw=args.target_bpw),
+                run=run,
+                emit=emit,
+            )
+            result["convert_and_judge_s"] = round(time.perf_counter() - start, 1)
+            result["kl_nats_per_token"] = release.fidelity.kl_nats_per_token
+            result["size_bytes"] = release.fidelity.size_bytes
+    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    result["peak_rss_bytes"] = rss * (1 if sys.platform == "darwin" else 1024)
+    result["peak_device_bytes"] = int(mx.get_peak_memory())
+    text = json.dumps(result, indent=1)
+    print(text)
+    if args.out is not None:
+        args.out.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
