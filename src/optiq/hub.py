@@ -12,12 +12,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, constants, get_token, snapshot_download, try_to_load_from_cache
+from huggingface_hub import (
+    HfApi,
+    constants,
+    get_token,
+    is_offline_mode,
+    snapshot_download,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import (
+    DisabledRepoError,
     GatedRepoError,
     HfHubHTTPError,
     LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -64,7 +71,8 @@ def fetch(repo_id: str, *, revision: str | None, offline: bool, emit: Emit) -> t
     """Make sure that a model is in the hub's cache.
 
     Weights in safetensors, configuration and tokenizer are downloaded; never code or pickles. A
-    download that stopped goes on with the files it had not finished.
+    connection that breaks goes on where it stopped, to 10 MB. A run that was stopped begins again
+    with the files it had not finished: the hub's library keeps no parts of files.
 
     Args:
         repo_id: `organization/name`.
@@ -77,12 +85,13 @@ def fetch(repo_id: str, *, revision: str | None, offline: bool, emit: Emit) -> t
 
     Raises:
         UsageError: if the repository, the revision or access to it is missing, it has no
-            safetensors, the hub cannot be reached, or it is not in the cache and `offline` is set.
-        EngineFailure: if the disk cannot hold it or the hub fails.
+            safetensors, or it is not in the cache and `offline` or HF_HUB_OFFLINE is set.
+        EngineFailure: if the disk cannot hold it, or the hub fails or cannot be reached.
     """
     if not looks_like_repo_id(repo_id):
         raise UsageError(f"'{repo_id}' is no hub id; write organization/name")
     endpoint = (settings.load().hub_endpoint or constants.ENDPOINT).rstrip("/")
+    offline = offline or is_offline_mode()  # which the hub's library would enforce anyway
     with _explained(repo_id, revision, endpoint, offline):
         if offline:
             folder = snapshot_download(
@@ -92,6 +101,8 @@ def fetch(repo_id: str, *, revision: str | None, offline: bool, emit: Emit) -> t
                 allow_patterns=_PATTERNS,
                 ignore_patterns=_IGNORED,
             )
+            if not any(Path(folder).glob(_WEIGHTS)):  # other programs keep a tokenizer alone
+                raise _not_cached(repo_id, revision)
         else:
             folder = _download(repo_id, revision, endpoint, emit)
     return Path(folder), Path(folder).name
@@ -199,14 +210,18 @@ def _explained(repo_id: str, revision: str | None, endpoint: str, offline: bool)
         raise
     except LocalEntryNotFoundError as error:
         if offline:
-            at = f" at revision '{revision}'" if revision else ""
-            raise UsageError(
-                f"{repo_id}{at} is not, or not wholly, in the cache {constants.HF_HUB_CACHE}; run "
-                f"once without --offline"
-            ) from None
+            raise _not_cached(repo_id, revision) from None
         raise _explanation(repo_id, revision, endpoint, error.__cause__ or error) from None
-    except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
+    except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError, RuntimeError) as error:
         raise _explanation(repo_id, revision, endpoint, error) from None
+
+
+def _not_cached(repo_id: str, revision: str | None) -> UsageError:
+    at = f" at revision '{revision}'" if revision else ""
+    return UsageError(
+        f"{repo_id}{at} is not, or not wholly, in the cache {constants.HF_HUB_CACHE}; run once "
+        f"without --offline, OPTIQ_OFFLINE and HF_HUB_OFFLINE"
+    )
 
 
 def _explanation(
@@ -215,36 +230,73 @@ def _explanation(
     page = f"{endpoint}/{repo_id}"
     match error:
         case GatedRepoError():
-            return UsageError(
-                f"{repo_id} is gated: accept its licence on {page} and {_LOG_IN}, with a token of "
-                f"the account that accepted"
-            )
+            return _gated(repo_id, page)
         case RevisionNotFoundError():
             return UsageError(
                 f"{repo_id} has no revision '{revision}'; give a branch, tag or commit of {page}"
             )
         case RepositoryNotFoundError():
             return _not_found(page)
+        case DisabledRepoError():
+            return UsageError(f"the hub has closed {page}; give another source")
         case HfHubHTTPError():
             return _refusal(page, error)
-        case httpx.HTTPError() | httpx.InvalidURL() | OfflineModeIsEnabled():
+        case httpx.InvalidURL() | httpx.UnsupportedProtocol():
             return UsageError(
-                f"{endpoint} cannot be reached ({error}); check the network and HF_ENDPOINT, or "
-                f"use --offline with a model that is in the cache"
+                f"{endpoint} is no address of a hub ({_reason(error)}); set HF_ENDPOINT to one "
+                f"such as https://huggingface.co, or unset it"
             )
-        case OSError(errno=errno.ENOSPC | errno.EDQUOT):
+        case httpx.HTTPError() | ConnectionError() | TimeoutError():
             return EngineFailure(
-                f"the disk of {constants.HF_HUB_CACHE} is full; make room and run again, finished "
-                f"files are kept"
+                f"{endpoint} cannot be reached ({_reason(error)}); check the network and "
+                f"HF_ENDPOINT, or use --offline with a model that is in the cache"
             )
-    return EngineFailure(f"{page} could not be downloaded ({error}); run again later")
+        case OSError():
+            return _disk_failure(page, error)
+    return EngineFailure(f"{page} could not be downloaded ({_reason(error)}); run again later")
+
+
+def _reason(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+
+
+def _gated(repo_id: str, page: str) -> UsageError:
+    if get_token() is None:
+        return UsageError(
+            f"{repo_id} is gated and there is no token: accept its licence on {page}, then "
+            f"{_LOG_IN}"
+        )
+    return UsageError(
+        f"{repo_id} is gated and the account of the token has no access: accept its licence on "
+        f"{page}, or {_LOG_IN} with another account"
+    )
 
 
 def _not_found(page: str) -> UsageError:
+    if get_token() is None:
+        return UsageError(
+            f"there is no {page}, or it is private and there is no token: check the name, or "
+            f"{_LOG_IN}"
+        )
     return UsageError(
-        f"there is no {page}, or it is private or gated: check the name, or {_LOG_IN} with a token "
-        f"that has access"
+        f"there is no {page}, or the token has no access to it: check the name, or {_LOG_IN} with "
+        f"another account"
     )
+
+
+def _disk_failure(page: str, error: OSError) -> EngineFailure:
+    cache = constants.HF_HUB_CACHE
+    if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        return EngineFailure(
+            f"the disk of {cache} is full; make room and run again, finished files are kept"
+        )
+    if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS}:
+        return EngineFailure(
+            f"the cache {cache} cannot be written ({error.strerror}); set HF_HOME to a place that "
+            f"can"
+        )
+    return EngineFailure(f"{page} could not be downloaded ({_reason(error)}); run again later")
 
 
 def _refusal(page: str, error: HfHubHTTPError) -> OptiqError:

@@ -18,6 +18,8 @@ from mlx_lm.utils import _get_classes, load_config, load_model, load_tokenizer
 from optiq.backend import mx, nn
 from optiq.errors import UnsupportedModel
 
+_MAX_BLOCKS = 10_000  # a tree of more takes minutes and gigabytes, and no model has them
+
 __all__ = [
     "QuantizedSwitchLinear",
     "SwitchLinear",
@@ -34,7 +36,8 @@ def build_model(config: dict[str, Any]) -> nn.Module:
     """The module tree of a config, with mlx-lm's own (random, unevaluated) parameters.
 
     Raises:
-        UnsupportedModel: if mlx-lm has no such `model_type`, or the config lacks what it needs.
+        UnsupportedModel: if mlx-lm has no such `model_type`, or the config lacks what it needs or
+            has numbers that no model can have.
     """
     if config.get("model_file") is not None:
         raise UnsupportedModel(
@@ -51,12 +54,37 @@ def build_model(config: dict[str, Any]) -> nn.Module:
             f"model_type '{model_type}' is not supported by the installed mlx-lm; update mlx-lm "
             f"or use another source"
         ) from None
+    _check_blocks(config, model_type)
     try:
         return cast(nn.Module, model_class(args_class.from_dict(config)))
-    except (TypeError, KeyError, AttributeError, ValueError) as error:
+    except (
+        TypeError,
+        LookupError,
+        AttributeError,
+        ValueError,
+        ArithmeticError,
+        AssertionError,
+    ) as error:
+        # of a wrong argument MLX writes a page, which begins with what is wrong
+        first = str(error).strip().partition("\n")[0].partition(". ")[0].rstrip(".")
+        reason = first or type(error).__name__
         raise UnsupportedModel(
-            f"config.json of model_type '{model_type}' is not complete: {error}"
+            f"config.json of model_type '{model_type}' is not complete or has values that no model "
+            f"can have ({reason}); get it again"
         ) from None
+
+
+def _check_blocks(config: dict[str, Any], model_type: str) -> None:
+    """Refuse a number of blocks that would fill the memory before anything else fails."""
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, dict) else {}):
+        for key in ("num_hidden_layers", "num_layers", "n_layers", "n_layer"):
+            value = part.get(key)
+            if isinstance(value, int) and value > _MAX_BLOCKS:
+                raise UnsupportedModel(
+                    f"config.json of model_type '{model_type}' asks for more than {_MAX_BLOCKS:,} "
+                    f"blocks ({key}), which no model has; get it again"
+                )
 
 
 def load_quantized(path: Path) -> tuple[nn.Module, dict[str, Any]]:

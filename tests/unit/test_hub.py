@@ -1,5 +1,6 @@
 """The hub, against a stand-in that serves one repository from 127.0.0.1."""
 
+import errno
 import hashlib
 import json
 import os
@@ -12,21 +13,23 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import pytest
-from huggingface_hub import close_session, constants
+from huggingface_hub import close_session, constants, hf_hub_download
 
 from optiq import hub
-from optiq.errors import EngineFailure, UsageError
+from optiq.errors import EngineFailure, OptiqError, UsageError
 from optiq.events import Event, Progress, StageDone, StageStarted, no_emit
 
 COMMIT = "a" * 40
 OLD_COMMIT = "b" * 40
 REPO = "org/tiny-model"
+TOKEN = "hf_" + "x" * 30
 WEIGHTS = os.urandom(3_500_000)
+# no two are equal: the cache keeps files by their hash, and equal ones are downloaded once
 FILES = {
     "config.json": b'{"model_type": "llama"}',
     "model-00001-of-00001.safetensors": WEIGHTS,
-    "model.safetensors.index.json": b"{}",
-    "tokenizer.json": b"{}",
+    "model.safetensors.index.json": b'{"weight_map": {}}',
+    "tokenizer.json": b'{"version": "1.0"}',
     "chat_template.jinja": b"{{ messages }}",
     "modeling_tiny.py": b"raise SystemExit",
     "pytorch_model.bin": b"pickle",
@@ -49,6 +52,7 @@ class StandIn:
         self.files = dict(FILES)
         self.revisions = {"main": COMMIT, "old": OLD_COMMIT, COMMIT: COMMIT, OLD_COMMIT: OLD_COMMIT}
         self.refusals: dict[str, tuple[int, dict[str, str]]] = {}  # by start of the path
+        self.broken: set[str] = set()  # files that are announced but not sent
         self.cut_once: set[str] = set()  # files whose first answer stops half way
         self.requests: list[tuple[str, str, str | None]] = []
         self.tokens: set[str | None] = set()
@@ -99,6 +103,8 @@ class StandIn:
             begin = int(start.removeprefix("bytes=").rstrip("-"))
             headers["Content-Range"] = f"bytes {begin}-{len(data) - 1}/{len(data)}"
             return _send(handler, 206, headers, data[begin:])
+        if handler.command == "GET" and name in self.broken:
+            return _send(handler, 500, {})
         if handler.command == "GET" and name in self.cut_once:
             self.cut_once.remove(name)
             return _send(handler, 200, headers, data, sent=len(data) // 2)
@@ -155,7 +161,8 @@ def serving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Serving
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
-    # the library reads HF_HOME when it is imported
+    # the library reads HF_HOME and HF_HUB_OFFLINE when it is imported
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
     yield Serving(stand_in, server)
@@ -171,6 +178,25 @@ def fetch(
     return hub.fetch(repo, revision=revision, offline=offline, emit=no_emit)
 
 
+def refused(
+    kind: type[OptiqError],
+    words: str,
+    revision: str | None = None,
+    *,
+    offline: bool = False,
+    repo: str = REPO,
+) -> None:
+    """A download fails with one sentence, and without the library's error behind it."""
+    with pytest.raises(OptiqError, match=words) as caught:
+        fetch(revision, offline=offline, repo=repo)
+    assert type(caught.value) is kind
+    assert caught.value.__cause__ is None
+    assert caught.value.__suppress_context__ or caught.value.__context__ is None
+    message = str(caught.value)
+    assert message.isprintable()  # one line
+    assert ". " not in message
+
+
 def test_a_download_holds_weights_and_tokenizer_but_no_code_and_no_pickles(
     serving: Serving,
 ) -> None:
@@ -181,8 +207,9 @@ def test_a_download_holds_weights_and_tokenizer_but_no_code_and_no_pickles(
     assert set(serving.hub.gets()) == WANTED
 
 
+@pytest.mark.usefixtures("serving")
 def test_progress_goes_to_the_events_and_nothing_is_printed(
-    serving: Serving, capfd: pytest.CaptureFixture[str]
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     events: list[Event] = []
     hub.fetch(REPO, revision=None, offline=False, emit=events.append)
@@ -206,28 +233,37 @@ def test_what_is_in_the_cache_is_not_downloaded_again(serving: Serving) -> None:
 
 
 def test_only_the_missing_files_are_downloaded_after_an_interrupted_run(serving: Serving) -> None:
-    serving.hub.refusals[f"/{REPO}/resolve/{COMMIT}/model"] = (500, {})
-    with pytest.raises(EngineFailure):
-        fetch()
-    serving.hub.refusals.clear()
+    serving.hub.broken.add("model-00001-of-00001.safetensors")
+    refused(EngineFailure, "status 500; try again later")
     finished = {
         file.name for file in Path(constants.HF_HUB_CACHE).rglob("snapshots/*/*") if file.is_file()
     }
-    serving.hub.requests.clear()
-    fetch()
-    assert set(serving.hub.gets()) == WANTED - finished
     assert finished
+    refused(UsageError, "not wholly, in the cache", offline=True)
+    serving.hub.broken.clear()
+    serving.hub.requests.clear()
+    folder, _ = fetch()
+    assert sorted(serving.hub.gets()) == sorted(WANTED - finished)
+    assert (folder / "model-00001-of-00001.safetensors").read_bytes() == WEIGHTS
+    assert not list(Path(constants.HF_HUB_CACHE).rglob("*.incomplete"))
 
 
 def test_a_connection_that_breaks_goes_on_where_it_stopped(serving: Serving) -> None:
+    # the library writes pieces of this size; what came of the one that broke is asked for again
+    piece = constants.DOWNLOAD_CHUNK_SIZE
+    data = os.urandom(piece * 5 // 2)
+    serving.hub.files["model-00001-of-00001.safetensors"] = data
     serving.hub.cut_once.add("model-00001-of-00001.safetensors")
-    folder, _ = fetch()
-    assert (folder / "model-00001-of-00001.safetensors").read_bytes() == WEIGHTS
+    events: list[Event] = []
+    folder, _ = hub.fetch(REPO, revision=None, offline=False, emit=events.append)
+    assert (folder / "model-00001-of-00001.safetensors").read_bytes() == data
     ranges = [header for _, _, header in serving.hub.requests if header is not None]
-    assert ranges == [f"bytes={len(WEIGHTS) // 2}-"]
+    assert ranges == [f"bytes={piece}-"]
+    assert events[-1] == StageDone("download", detail=f"{len(data) / 1e6:.1f} MB")
 
 
-def test_a_revision_is_its_own_commit(serving: Serving) -> None:
+@pytest.mark.usefixtures("serving")
+def test_a_revision_is_its_own_commit() -> None:
     folder, commit = fetch("old")
     assert (commit, folder.name) == (OLD_COMMIT, OLD_COMMIT)
     assert fetch(OLD_COMMIT) == (folder, OLD_COMMIT)
@@ -240,72 +276,144 @@ def test_offline_uses_the_cache_alone(serving: Serving) -> None:
     assert serving.hub.requests == []
 
 
-def test_offline_without_the_model_in_the_cache(serving: Serving) -> None:
-    with pytest.raises(UsageError, match="not wholly, in the cache .* without --offline"):
-        fetch(offline=True)
+@pytest.mark.usefixtures("serving")
+def test_offline_without_the_model_in_the_cache() -> None:
+    refused(UsageError, "not wholly, in the cache .* without --offline", offline=True)
     fetch()
-    with pytest.raises(UsageError, match=r"at revision 'old' is not"):
-        fetch("old", offline=True)
+    refused(UsageError, "at revision 'old' is not", "old", offline=True)
     weights = next(Path(constants.HF_HUB_CACHE).rglob("snapshots/*/model-*.safetensors"))
     weights.unlink()
-    with pytest.raises(UsageError, match="not wholly"):
-        fetch(offline=True)
+    refused(UsageError, "not wholly", offline=True)
 
 
-@pytest.mark.parametrize(
-    ("status", "code"), [(401, "GatedRepo"), (403, "GatedRepo")], ids=["no token", "not accepted"]
-)
-@pytest.mark.parametrize("where", ["/api/models/", f"/{REPO}/resolve/"])
-def test_a_gated_repository_says_how_to_get_access(
-    serving: Serving, where: str, status: int, code: str
+def test_a_tokenizer_that_another_program_keeps_in_the_cache_is_no_model(serving: Serving) -> None:
+    endpoint = f"http://127.0.0.1:{serving.server.server_port}"
+    file = hf_hub_download(REPO, "tokenizer.json", endpoint=endpoint)
+    assert Path(file).is_relative_to(constants.HF_HUB_CACHE)
+    refused(UsageError, "not wholly", offline=True)
+
+
+def test_the_librarys_own_switch_means_offline_too(
+    serving: Serving, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    serving.hub.refusals[where] = (status, {"X-Error-Code": code})
-    with pytest.raises(
-        UsageError, match=rf"gated: accept its licence on .*{REPO}.*HF_TOKEN.*hf auth"
-    ):
-        fetch()
+    found = fetch()
+    serving.hub.requests.clear()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert fetch() == found
+    refused(UsageError, "at revision 'old' is not, .* without --offline, .* HF_HUB_OFFLINE", "old")
+    assert serving.hub.requests == []
 
 
-def test_a_repository_that_is_not_there(serving: Serving) -> None:
-    with pytest.raises(UsageError, match="there is no .*org/other, or it is private"):
-        fetch(repo="org/other")
+@pytest.mark.parametrize("where", ["/api/models/", f"/{REPO}/resolve/"])
+def test_a_gated_repository_without_a_token(serving: Serving, where: str) -> None:
+    serving.hub.refusals[where] = (401, {"X-Error-Code": "GatedRepo"})
+    refused(
+        UsageError,
+        rf"is gated and there is no token: accept its licence on .*{REPO}, .*HF_TOKEN.*hf auth",
+    )
 
 
-def test_a_revision_that_is_not_there(serving: Serving) -> None:
-    with pytest.raises(UsageError, match="has no revision 'nowhere'"):
-        fetch("nowhere")
+@pytest.mark.parametrize("where", ["/api/models/", f"/{REPO}/resolve/"])
+def test_a_gated_repository_with_the_token_of_another_account(
+    serving: Serving, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    serving.hub.refusals[where] = (403, {"X-Error-Code": "GatedRepo"})
+    refused(UsageError, rf"account of the token has no access: accept its licence on .*{REPO}, or")
+
+
+@pytest.mark.usefixtures("serving")
+def test_a_repository_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = "there is no .*org/other, or it is private and there is no token: .*HF_TOKEN"
+    refused(UsageError, words, repo="org/other")
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    words = "there is no .*org/other, or the token has no access to it"
+    refused(UsageError, words, repo="org/other")
+
+
+def test_a_private_repository_without_a_token(serving: Serving) -> None:
+    serving.hub.refusals["/api/models/"] = (401, {"X-Error-Message": "Invalid username"})
+    refused(UsageError, "it is private and there is no token: check the name, or set HF_TOKEN")
+
+
+@pytest.mark.usefixtures("serving")
+@pytest.mark.parametrize("revision", ["nowhere", "c" * 40])
+def test_a_revision_that_is_not_there(revision: str) -> None:
+    refused(UsageError, f"has no revision '{revision}'; give a branch, tag or commit", revision)
+
+
+def test_a_repository_that_the_hub_has_closed(serving: Serving) -> None:
+    message = {"X-Error-Message": "Access to this resource is disabled."}
+    serving.hub.refusals["/api/models/"] = (403, message)
+    refused(UsageError, f"the hub has closed .*{REPO}; give another source")
 
 
 def test_a_token_is_sent_and_one_that_is_refused_is_named(
     serving: Serving, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("HF_TOKEN", "hf_" + "x" * 30)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
     message = {"X-Error-Message": "Invalid credentials in Authorization header"}
     serving.hub.refusals["/api/models/"] = (401, message)
-    with pytest.raises(UsageError, match="does not accept the token"):
-        fetch()
-    assert serving.hub.tokens == {"Bearer hf_" + "x" * 30}
+    refused(UsageError, "does not accept the token")
+    assert serving.hub.tokens == {f"Bearer {TOKEN}"}
     monkeypatch.delenv("HF_TOKEN")
-    with pytest.raises(UsageError, match="private or gated"):
-        fetch()
+    refused(UsageError, "private and there is no token")
 
 
 def test_a_token_without_the_right_to_read(serving: Serving) -> None:
     serving.hub.refusals["/api/models/"] = (403, {"X-Error-Message": "Forbidden"})
-    with pytest.raises(UsageError, match="forbids access"):
-        fetch()
+    refused(UsageError, "forbids access")
 
 
 def test_a_hub_that_fails_is_not_the_users_fault(serving: Serving) -> None:
     serving.hub.refusals["/api/models/"] = (503, {})
-    with pytest.raises(EngineFailure, match="status 503; try again later"):
-        fetch()
+    refused(EngineFailure, "status 503; try again later")
 
 
-def test_a_network_that_is_not_there(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("serving")
+def test_a_network_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(UsageError, match=r"http://127.0.0.1:9 cannot be reached .*--offline"):
+    refused(EngineFailure, r"http://127.0.0.1:9 cannot be reached .*--offline")
+
+
+@pytest.mark.usefixtures("serving")
+@pytest.mark.parametrize("endpoint", ["hub.example", "ftp://hub.example", "http://[::1"])
+def test_an_endpoint_that_is_no_address(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", endpoint)
+    refused(UsageError, "is no address of a hub .*; set HF_ENDPOINT")
+
+
+def test_a_cache_that_cannot_be_written(
+    serving: Serving, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def deny(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path))
+
+    monkeypatch.setattr(hub, "snapshot_download", deny)
+    refused(EngineFailure, "cache .* cannot be written .Permission denied.; set HF_HOME")
+    assert serving.hub.gets() == []
+
+
+@pytest.mark.usefixtures("serving")
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError("file has size 3.\nPlease retry"), "be downloaded .file has size 3. Please retry"),
+        (RuntimeError("Task cancelled.\n"), "could not be downloaded .Task cancelled.; run again"),
+        (OSError(errno.ENOSPC, "No space"), "disk of .* is full; make room and run again"),
+        (TimeoutError(), "cannot be reached .TimeoutError.; check the network"),
+    ],
+)
+def test_what_the_library_says_in_lines_is_one(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, words: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(hub, "snapshot_download", fail)
+    with pytest.raises(EngineFailure, match=words) as caught:
         fetch()
+    assert str(caught.value).isprintable()
 
 
 @pytest.mark.parametrize(

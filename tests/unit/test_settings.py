@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from optiq import settings
+from optiq.errors import UsageError
 
 NAMES = (
     "OPTIQ_CACHE",
@@ -33,13 +34,15 @@ def load(monkeypatch, tmp_path):
 
 
 def test_defaults(load, tmp_path):
-    assert load() == settings.Settings(
+    found = load()
+    assert found == settings.Settings(
         cache_dir=tmp_path / ".cache" / "optiq",
         blas="auto",
-        offline=False,
+        offline_words=(("OPTIQ_OFFLINE", ""), ("HF_HUB_OFFLINE", "")),
         hub_endpoint=None,
         debug=False,
     )
+    assert found.offline is False
 
 
 def test_empty_variables_are_as_good_as_none(load):
@@ -70,10 +73,16 @@ def test_home_is_expanded(load, tmp_path):
         ("true", True),
         ("YES", True),
         (" On ", True),
+        ("y", True),
+        ("T", True),
         ("0", False),
         ("false", False),
         ("no", False),
+        ("OFF", False),
+        ("n", False),
+        (" F ", False),
         ("", False),
+        (" ", False),
     ],
 )
 @pytest.mark.parametrize(
@@ -82,6 +91,24 @@ def test_home_is_expanded(load, tmp_path):
 )
 def test_flags(load, name, field, value, expected):
     assert getattr(load(**{name: value}), field) is expected
+
+
+@pytest.mark.parametrize("name", ["OPTIQ_OFFLINE", "HF_HUB_OFFLINE"])
+@pytest.mark.parametrize("value", ["maybe", "2", "01", "-", "yes please", "tr\nue"])
+def test_a_word_that_is_neither_true_nor_false_is_refused_where_it_matters(load, name, value):
+    found = load(**{name: value})  # importing optiq gets as far as this
+    with pytest.raises(UsageError) as caught:
+        found.offline  # noqa: B018
+    assert str(caught.value) == f"{name} is {value!r}; set it to 1 or 0"
+
+
+def test_one_wrong_word_is_not_hidden_by_the_other_variable(load):
+    with pytest.raises(UsageError, match="HF_HUB_OFFLINE is 'maybe'"):
+        load(OPTIQ_OFFLINE="1", HF_HUB_OFFLINE="maybe").offline  # noqa: B018
+
+
+def test_any_word_that_is_not_false_asks_for_tracebacks(load):
+    assert load(OPTIQ_DEBUG="2").debug
 
 
 def test_either_variable_means_offline(load):

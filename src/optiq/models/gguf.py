@@ -32,6 +32,11 @@ from optiq.models.safetensors_io import (
 )
 from optiq.upstream import build_model
 
+IMPORT_VERSION = 1
+"""Of what `import_gguf` writes; a higher one makes every file in the cache be imported again."""
+
+_LIST = "gguf-import.json"  # names and sizes of the other files
+
 _TYPES = {
     GGMLType.F32,
     GGMLType.F16,
@@ -121,9 +126,27 @@ def import_gguf(path: Path, out: Path, tokenizer: Path | None = None, emit: Emit
         dtype = _write_weights(path, _weights(file, names, config), temporary, emit)
         with disk_failure(temporary):
             _write_configs(config | {"torch_dtype": dtype}, temporary)
+            _write_list(temporary)
             _publish(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def damaged_files(folder: Path) -> list[str]:
+    """Names of files of an imported directory that are missing or have another size than written.
+
+    The list that the import leaves in it is such a file too.
+    """
+    try:
+        sizes = dict(json.loads((folder / _LIST).read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return [_LIST]
+    return [name for name, size in sizes.items() if _size_bytes(folder / name) != size]
+
+
+def _size_bytes(file: Path) -> int | None:
+    """Size of a file; None where there is none."""
+    return file.stat().st_size if file.is_file() else None
 
 
 def _check_types(file: GGUFFile) -> None:
@@ -259,6 +282,11 @@ def _write_configs(config: dict[str, Any], folder: Path) -> None:
     for name, content in (("config.json", config), ("generation_config.json", generation)):
         text = json.dumps(content, indent=2) + "\n"
         write_synced(folder / name, text.encode())
+
+
+def _write_list(folder: Path) -> None:
+    sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
+    write_synced(folder / _LIST, (json.dumps(sizes, indent=2) + "\n").encode())
 
 
 def _publish(temporary: Path, out: Path) -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,9 @@ from optiq.backend import load_arrays, mx, nn
 from optiq.configs import RunConfig
 from optiq.errors import UnsupportedModel, UsageError
 from optiq.events import Emit, Notice, no_emit
-from optiq.models.gguf import import_gguf
+from optiq.models.gguf import IMPORT_VERSION, damaged_files, import_gguf
 from optiq.models.modules import find_modules, parameters_of
-from optiq.models.safetensors_io import fingerprint, read_headers
+from optiq.models.safetensors_io import disk_failure, fingerprint, read_headers
 from optiq.upstream import TokenizerWrapper, build_model, load_config, tokenizer_of
 
 _DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
@@ -155,9 +157,10 @@ def open_source(ref: str, run: RunConfig | None = None, emit: Emit = no_emit) ->
     Cost: reads headers only; a GGUF file is first rewritten as a directory in the cache.
     """
     run = run or RunConfig()
-    path, revision = Path(ref).expanduser(), None
+    path, revision, tokenizer = Path(ref).expanduser(), None, run.tokenizer
     if path.is_file():
-        path = _imported(path, run, emit)
+        path = _imported(path, run.tokenizer, emit)
+        tokenizer = path  # the import took what is in --tokenizer, and added what that lacks
     elif not path.is_dir():
         if not hub.looks_like_repo_id(ref):
             raise UsageError(f"'{ref}' is no directory, GGUF file or hub id; check the path")
@@ -169,7 +172,7 @@ def open_source(ref: str, run: RunConfig | None = None, emit: Emit = no_emit) ->
         raise UsageError(
             f"{ref} is quantized already ({told} says so); give the unquantized checkpoint"
         )
-    return _open(_Named(ref, path, revision, run.tokenizer or path), config)
+    return _open(_Named(ref, path, revision, tokenizer or path), config)
 
 
 def _says_quantized(path: Path, config: dict[str, Any]) -> str | None:
@@ -202,18 +205,57 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _imported(path: Path, run: RunConfig, emit: Emit) -> Path:
-    """Directory made of a GGUF file, from the cache when it is there."""
+def _imported(path: Path, tokenizer: Path | None, emit: Emit) -> Path:
+    """Directory made of a GGUF file, from the cache when it is there and whole."""
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise UsageError(f"{path} is a file but no GGUF; give a model directory or a GGUF file")
-    stat = path.stat()
-    tokenizer = str(run.tokenizer.resolve()) if run.tokenizer else ""
-    key = f"{path.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}\0{tokenizer}"
+    key = repr(
+        (IMPORT_VERSION, path.resolve(), _stamp(path), _listing(tokenizer) if tokenizer else None)
+    )
     out = settings.load().cache_dir / "gguf" / hashlib.sha256(key.encode()).hexdigest()[:16]
-    if not out.is_dir():
-        import_gguf(path, out, run.tokenizer, emit)
+    if out.is_dir():
+        damaged = damaged_files(out)
+        if not damaged:
+            return out
+        text = f"{out} is not whole ({damaged[0]} is missing or has changed); {path} is imported"
+        emit(Notice(f"{text} again", "warning"))
+        _discard(out)
+    import_gguf(path, out, tokenizer, emit)
     return out
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    """Size and time of a file, which tell it from what it was before."""
+    stat = file.stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _listing(folder: Path) -> tuple[Path, list[tuple[str, tuple[int, int]]]]:
+    """Where a directory lies, and names and stamps of its files.
+
+    Raises:
+        UsageError: if it cannot be read.
+    """
+    try:
+        files = [file for file in sorted(folder.iterdir()) if file.is_file()]
+        return folder.resolve(), [(file.name, _stamp(file)) for file in files]
+    except OSError as error:
+        raise UsageError(
+            f"{folder} cannot be read ({error.strerror}); give --tokenizer a directory with "
+            f"tokenizer.json"
+        ) from None
+
+
+def _discard(folder: Path) -> None:
+    """Take a directory of the cache away in one step, so that none sees a part of it."""
+    with disk_failure(folder.parent):
+        doomed = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        try:
+            folder.rename(doomed / folder.name)
+        except FileNotFoundError:
+            pass  # another process was first
+        shutil.rmtree(doomed)
 
 
 @dataclasses.dataclass(frozen=True)

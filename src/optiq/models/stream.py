@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from optiq.artifacts import write_atomic
-from optiq.backend import compute_dtype, load_arrays, mx, nn, save_arrays
+from optiq.backend import compute_dtype, is_cpu, load_arrays, mx, nn, save_arrays
 from optiq.errors import UnsupportedModel, UsageError
 from optiq.models.head import HeadSlices
 from optiq.models.links import (
@@ -44,7 +44,7 @@ from optiq.models.taps import Call, tapped
 
 __all__ = ["BlockCall", "Link", "StreamedModel"]
 
-_BATCH_TOKENS = 1024
+_BATCH_TOKENS = 1024 if is_cpu() else 4096
 _FORMAT = 2  # of the work directory
 
 

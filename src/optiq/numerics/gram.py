@@ -7,6 +7,7 @@ import numpy.typing as npt
 import scipy.linalg
 
 from optiq.backend import mx
+from optiq.errors import EngineFailure
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -32,11 +33,18 @@ def inverse_factor(gram_matrix: FloatArray, damping: float) -> FloatArray:
         gram_matrix: H = X^T X, (in, in).
         damping: share of the mean diagonal that is added; raised tenfold until H is definite.
 
+    Raises:
+        EngineFailure: if H is not finite: the activations overflowed.
+
     Cost: one Cholesky factorization and one triangular inverse on the CPU (LAPACK through scipy),
         2/3 in^3 multiply-adds.
     Reference: GPTQ (arXiv 2210.17323), section 3.3. We factor H reversed instead of inverting it:
         the inverse of its upper factor is U.
     """
+    if not np.isfinite(gram_matrix).all():
+        raise EngineFailure(
+            "the inputs of a matrix are not finite on the calibration text; check the source"
+        )
     while True:
         matrix = damped(gram_matrix, damping)
         lower, info = scipy.linalg.lapack.spotrf(matrix[::-1, ::-1], lower=1, clean=1)

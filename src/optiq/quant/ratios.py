@@ -27,7 +27,7 @@ class GramStore:
     def add(self, calls: list[Call]) -> None:
         """Add the inputs of one micro-batch; call it with every micro-batch of the block."""
         fresh: dict[int, int] = {}
-        added: set[int] = set()
+        added: set[tuple[int, int]] = set()
         for call in calls:
             if call.lookup:
                 continue
@@ -38,9 +38,9 @@ class GramStore:
                     self._matrices.append(mx.zeros((call.x.shape[-1],) * 2))
                 self._of[call.path] = fresh[key]
             slot = self._of[call.path]
-            if slot not in added:
+            if (slot, key) not in added:
                 self._matrices[slot] = self._matrices[slot] + gram(call.x)
-                added.add(slot)
+                added.add((slot, key))
         mx.eval(self._matrices)
 
     def groups(self) -> Iterator[tuple[list[str], mx.array]]:

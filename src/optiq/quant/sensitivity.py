@@ -55,8 +55,8 @@ class Effort:
 
 
 EFFORTS = {
-    "quick": Effort(window=256, num_windows=24, rounding_windows=96, verify_pairs=10),
-    "standard": Effort(window=256, num_windows=64, rounding_windows=240, verify_pairs=16),
+    "quick": Effort(window=256, num_windows=24, rounding_windows=48, verify_pairs=10),
+    "standard": Effort(window=256, num_windows=64, rounding_windows=160, verify_pairs=16),
     "thorough": Effort(window=256, num_windows=160, rounding_windows=1000, verify_pairs=32),
 }
 

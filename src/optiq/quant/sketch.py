@@ -37,7 +37,7 @@ from optiq.numerics.lattice import BITS, Lattice, find_lattice
 from optiq.quant.ratios import GramStore, rounding_ratios
 
 FloatArray = npt.NDArray[np.float32]
-_CHUNK_WEIGHTS = 1 << 19
+_CHUNK_WEIGHTS = 1 << 19 if is_cpu() else 1 << 23  # cache of a core; launches of a GPU
 _VOCAB_SLICE = 4096
 
 

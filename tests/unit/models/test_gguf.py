@@ -169,6 +169,7 @@ def test_equal_files_give_equal_directories(tmp_path):
         "chat_template.jinja",
         "config.json",
         "generation_config.json",
+        "gguf-import.json",
         "model.safetensors",
         "model.safetensors.index.json",
         "tokenizer.json",
@@ -192,6 +193,26 @@ def test_a_file_is_opened_by_its_path_and_imported_once(tmp_path, monkeypatch):
     assert Progress("import model.gguf", 11) in first
     assert StageDone("import model.gguf") in first
     assert not [event for event in second if isinstance(event, StageStarted)]
+
+
+def test_an_import_knows_what_it_wrote(tmp_path):
+    out = imported(recipe(**ONE_BLOCK), tmp_path)
+    listed = json.loads((out / "gguf-import.json").read_text())
+    there = {file.name: file.stat().st_size for file in out.iterdir()}
+    assert listed == {name: size for name, size in there.items() if name != "gguf-import.json"}
+    assert importer.damaged_files(out) == []
+    (out / "tokenizer.json").unlink()
+    (out / "config.json").write_text("{}")
+    assert importer.damaged_files(out) == ["config.json", "tokenizer.json"]
+
+
+@pytest.mark.parametrize("text", [None, "", "{", "[1]", "3", "null"])
+def test_an_import_without_its_list_is_damaged(text, tmp_path):
+    out = imported(recipe(**ONE_BLOCK), tmp_path)
+    (out / "gguf-import.json").unlink()
+    if text is not None:
+        (out / "gguf-import.json").write_text(text)
+    assert importer.damaged_files(out) == ["gguf-import.json"]
 
 
 # Numbers

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,9 @@ import pytest
 
 from optiq.backend import mx, nn, tree_flatten
 from optiq.configs import RunConfig
-from optiq.errors import UnsupportedModel, UsageError
+from optiq.errors import EngineFailure, UnsupportedModel, UsageError
+from optiq.events import Notice, StageStarted
+from optiq.models import load
 from optiq.models.load import (
     load_tokenizer,
     open_quantized,
@@ -22,7 +25,15 @@ from optiq.models.load import (
 )
 from optiq.models.safetensors_io import INDEX_NAME, ShardWriter, TensorSpec, read_headers
 from optiq.upstream import SwitchLinear, load_quantized
-from tests.tiny import VOCAB, tiny_checkpoint, tiny_config, tiny_weights
+from tests.tiny import (
+    SPECIALS,
+    VOCAB,
+    tiny_checkpoint,
+    tiny_config,
+    tiny_weights,
+    write_tokenizer,
+)
+from tests.unit.models.ggufs import recipe
 
 EMBED, NORM = "model.embed_tokens.weight", "model.norm.weight"
 DOWN = "model.layers.1.mlp.down_proj.weight"
@@ -127,6 +138,31 @@ def test_a_config_without_model_type(folder, value):
 def test_a_config_that_lacks_what_the_model_needs(folder):
     edit_json(folder / "config.json", hidden_size=None)
     refused(folder, "config.json of model_type 'llama' is not complete", UnsupportedModel)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "reason"),
+    [
+        ("hidden_size", 0, "division by zero"),
+        ("num_attention_heads", 0, "float division by zero"),
+        ("intermediate_size", 2**31, "Integer value 2147483648 is outside"),
+        ("intermediate_size", 2**64, "uniform..: incompatible function arguments"),
+        ("hidden_size", 0.5, "normal..: incompatible function arguments"),
+        ("vocab_size", -1, "AssertionError"),
+    ],
+)
+def test_a_config_with_absurd_numbers(folder, field, value, reason):
+    edit_json(folder / "config.json", **{field: value})
+    words = rf"is not complete or has values that no model can have .{reason}[^.]*.; get it again"
+    refused(folder, words, UnsupportedModel)
+
+
+@pytest.mark.parametrize("value", [10_001, 10**9, 10**400])
+@pytest.mark.parametrize("place", ["top", "text"])
+def test_more_blocks_than_fit_into_memory(folder, value, place):
+    found = {"num_hidden_layers": value}
+    edit_json(folder / "config.json", **(found if place == "top" else {"text_config": found}))
+    refused(folder, "more than 10,000 blocks .num_hidden_layers., which no", UnsupportedModel)
 
 
 def test_no_weights(folder):
@@ -297,6 +333,138 @@ def test_a_broken_tokenizer(folder, text):
     with pytest.raises(UsageError, match="cannot be loaded .*; give --tokenizer DIR") as caught:
         load_tokenizer(folder, read_config(folder))
     assert "\n" not in str(caught.value)
+
+
+# -- imported GGUF files ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gguf(tmp_path, monkeypatch):
+    """A GGUF file, and a cache of its own."""
+    monkeypatch.setenv("OPTIQ_CACHE", str(tmp_path / "cache"))
+    return recipe(num_hidden_layers=1).write(tmp_path / "model.gguf")
+
+
+@pytest.fixture
+def bare_tokenizer(tmp_path):
+    """A directory with tokenizer.json alone, which has no merges, unlike the file."""
+    other = tmp_path / "tokenizer"
+    other.mkdir()
+    write_tokenizer(other)
+    (other / "tokenizer_config.json").unlink()
+    return other
+
+
+def imports(ref, run=None):
+    """The source, and whether it was imported rather than found in the cache."""
+    events = []
+    source = open_source(str(ref), run, emit=events.append)
+    return source, any(isinstance(event, StageStarted) for event in events)
+
+
+def test_the_tokenizer_of_a_gguf_is_the_imported_one(gguf, bare_tokenizer):
+    """The import adds the end tokens and the chat template that the directory lacks."""
+    source, _ = imports(gguf, RunConfig(tokenizer=bare_tokenizer))
+    assert source.tokenizer_path == source.path
+    tokenizer = source.tokenizer
+    assert len(tokenizer.encode("the", add_special_tokens=False)) == 3  # no merges
+    assert tokenizer.eos_token == SPECIALS[2]
+    assert tokenizer.has_chat_template
+    assert sorted(file.name for file in bare_tokenizer.iterdir()) == ["tokenizer.json"]
+
+
+def test_a_gguf_is_imported_once_for_each_tokenizer(gguf, bare_tokenizer):
+    run = RunConfig(tokenizer=bare_tokenizer)
+    plain, is_new = imports(gguf)
+    assert is_new
+    assert len(plain.tokenizer.encode("the", add_special_tokens=False)) == 1
+    other, is_new = imports(gguf, run)
+    assert is_new
+    assert other.path != plain.path
+    assert imports(gguf)[1] is False
+    again, is_new = imports(gguf, run)
+    assert (again.path, is_new) == (other.path, False)
+
+
+def test_a_changed_tokenizer_directory_is_imported_anew(gguf, bare_tokenizer):
+    run = RunConfig(tokenizer=bare_tokenizer)
+    paths = [imports(gguf, run)[0].path]
+    (bare_tokenizer / "chat_template.jinja").write_text("{{ messages }}")
+    paths.append(imports(gguf, run)[0].path)
+    assert (paths[-1] / "chat_template.jinja").read_text() == "{{ messages }}"
+    (bare_tokenizer / "chat_template.jinja").write_text("{{ messages[0] }}")
+    paths.append(imports(gguf, run)[0].path)
+    file = bare_tokenizer / "tokenizer.json"
+    stat = file.stat()
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    paths.append(imports(gguf, run)[0].path)
+    (bare_tokenizer / "chat_template.jinja").rename(bare_tokenizer / "chat_template.json")
+    paths.append(imports(gguf, run)[0].path)
+    assert len(set(paths)) == len(paths)
+    assert imports(gguf, run)[1] is False
+
+
+def test_another_version_of_the_import_is_another_directory(gguf, monkeypatch):
+    first, _ = imports(gguf)
+    monkeypatch.setattr(load, "IMPORT_VERSION", load.IMPORT_VERSION + 1)
+    second, is_new = imports(gguf)
+    assert is_new
+    assert second.path != first.path
+
+
+IMPORTED = [
+    "chat_template.jinja",
+    "config.json",
+    "generation_config.json",
+    "gguf-import.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+]
+
+
+@pytest.mark.parametrize("name", IMPORTED)
+@pytest.mark.parametrize("damage", ["lost", "cut short"])
+def test_an_import_that_is_not_whole_is_made_again(gguf, name, damage):
+    first, _ = imports(gguf)
+    before = contents(first.path)
+    file = first.path / name
+    if damage == "lost":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:-5])
+    events = []
+    second = open_source(str(gguf), emit=events.append)
+    assert second.info == first.info
+    assert contents(second.path) == before
+    told = [event for event in events if isinstance(event, Notice) and name in event.text]
+    assert [event.level for event in told] == ["warning"]
+    assert "is not whole" in told[0].text
+    assert [entry.name for entry in first.path.parent.iterdir()] == [first.path.name]
+    assert imports(gguf)[1] is False
+
+
+def test_an_import_that_cannot_be_made_again_is_refused(gguf, monkeypatch):
+    source, _ = imports(gguf)
+    (source.path / "tokenizer.json").unlink()
+
+    def deny(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "rename", deny)
+    with pytest.raises(EngineFailure, match="gguf cannot be written: Permission denied"):
+        imports(gguf)
+
+
+@pytest.mark.parametrize("kind", ["missing", "file", "empty"])
+def test_a_tokenizer_directory_that_is_none(gguf, tmp_path, kind):
+    other = tmp_path / "other"
+    if kind == "file":
+        other.write_text("{}")
+    if kind == "empty":
+        other.mkdir()
+    words = f"{other} .*give --tokenizer a directory with"
+    refused(gguf, words, run=RunConfig(tokenizer=other))
 
 
 # -- what is accepted ------------------------------------------------------------------------------

@@ -82,7 +82,6 @@ def test_clear_forgets():
     np.testing.assert_allclose(stored(store)["q"], gram64(inputs(1)), rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.xfail(reason="add() takes one input per matrix and micro-batch", strict=True)
 def test_a_matrix_used_twice_in_a_block_sums_both_inputs():
     store = GramStore()
     batches = [(inputs(n), inputs(10 + n)) for n in range(2)]

@@ -20,6 +20,7 @@ from optiq.artifacts import QuantOption
 
 FloatArray = npt.NDArray[np.float32]
 _EPS = np.float32(1e-7)
+_FLOAT16_MAX = np.float32(65504)
 
 
 def stored(values: FloatArray, dtype: str) -> FloatArray:
@@ -27,7 +28,7 @@ def stored(values: FloatArray, dtype: str) -> FloatArray:
     if dtype == "float32":
         return values
     if dtype == "float16":
-        return values.astype(np.float16).astype(np.float32)
+        return np.clip(values, -_FLOAT16_MAX, _FLOAT16_MAX).astype(np.float16).astype(np.float32)
     bits = np.ascontiguousarray(values).view(np.uint32)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)
     return rounded.astype(np.uint32).view(np.float32)
