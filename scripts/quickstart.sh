@@ -14,7 +14,7 @@ model="${MODEL:-$(python scripts/demo_model.py models)}"
 out="${OUT:-models/quickstart-5bpw}"
 
 step "converting $model to 5 stored bits per weight; the uniform rival is judged beside it"
-optiq convert "$model" -o "$out" --effort quick --max-windows 24 --rival --force
+optiq convert "$model" -o "$out" --effort quick --max-windows 18 --rival --force
 step "what it writes"
 optiq generate "$out" "Why is the sky blue? Answer in one sentence." --max-tokens 48
 step "done"

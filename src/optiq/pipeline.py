@@ -23,6 +23,7 @@ from optiq.artifacts import (
     Speed,
     write_atomic,
 )
+from optiq.backend import is_cpu
 from optiq.configs import (
     AllocateConfig,
     BenchConfig,
@@ -46,7 +47,7 @@ from optiq.quant.convert import write_model
 from optiq.quant.directory import check_output, finished_directory
 from optiq.quant.rounding import RoundedModel
 from optiq.quant.sensitivity import EFFORTS, measure_table
-from optiq.upstream import generate_text, load_quantized
+from optiq.upstream import dense_float32, generate_text, load_quantized
 from optiq.work import digest, work_directory
 
 __all__ = [
@@ -423,6 +424,8 @@ def generate(
 ) -> Iterator[str]:
     """Pieces of the answer of a model directory to one user turn, through stock mlx-lm.
 
+    On the CPU the weights are unpacked to float32 once: four bytes a weight of memory.
+
     Args:
         model: an MLX model directory.
         prompt: the user turn, or with `raw` the text to continue.
@@ -439,5 +442,7 @@ def generate(
     tokenizer = load_tokenizer(model, config)
     ids = tokenizer.encode(prompt) if raw else chat_prompt(tokenizer, prompt)
     loaded, _ = load_quantized(model)
+    if is_cpu():
+        loaded = dense_float32(loaded)
     for response in generate_text(loaded, tokenizer, ids, max_tokens, temperature):
         yield response.text

@@ -13,7 +13,13 @@ from mlx_lm import stream_generate
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.utils import _get_classes, load_config, load_model, load_tokenizer
+from mlx_lm.utils import (
+    _get_classes,
+    dequantize_model,
+    load_config,
+    load_model,
+    load_tokenizer,
+)
 
 from optiq.backend import mx, nn
 from optiq.errors import UnsupportedModel
@@ -25,6 +31,7 @@ __all__ = [
     "SwitchLinear",
     "TokenizerWrapper",
     "build_model",
+    "dense_float32",
     "generate_text",
     "load_config",
     "load_quantized",
@@ -91,6 +98,12 @@ def load_quantized(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     """Model and config of an MLX directory as stock mlx-lm loads it, weights unevaluated."""
     model, config = load_model(path, lazy=True)
     return model, config
+
+
+def dense_float32(model: nn.Module) -> nn.Module:
+    """The model with dense float32 weights, which the CPU runs ten times faster than packed ones."""
+    model.set_dtype(mx.float32)
+    return dequantize_model(model)
 
 
 def tokenizer_of(path: Path, config: dict[str, Any]) -> TokenizerWrapper:

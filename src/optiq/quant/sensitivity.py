@@ -55,7 +55,7 @@ class Effort:
 
 
 EFFORTS = {
-    "quick": Effort(window=256, num_windows=24, rounding_windows=48, verify_pairs=10),
+    "quick": Effort(window=256, num_windows=16, rounding_windows=32, verify_pairs=10),
     "standard": Effort(window=256, num_windows=64, rounding_windows=160, verify_pairs=16),
     "thorough": Effort(window=256, num_windows=160, rounding_windows=1000, verify_pairs=32),
 }

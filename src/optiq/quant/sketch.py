@@ -100,26 +100,26 @@ def _accumulate(
     s: FloatArray, w: mx.array, uses: Sequence[_Use], lattice: Lattice | None, scored: _Scored
 ) -> None:
     """Add <g^T x, W - Q(W)> of every sequence and option to `s`, a slice of rows at a time."""
-    rows = max(1, _CHUNK_WEIGHTS // w.shape[1])
-    for start in range(0, w.shape[0], rows):
-        products = _products(w, slice(start, start + rows), uses, lattice, scored)
-        mx.eval(products)
-        for use, product in zip(uses, products, strict=True):
-            s[use.first : use.first + product.shape[0]] += np.array(product)
+    step = max(1, _CHUNK_WEIGHTS // w.shape[1])
+    for start in range(0, w.shape[0], step):
+        rows = slice(start, start + step)
+        d = deltas(w[rows], scored.options, lattice and _part(lattice, rows), scored.dtype)
+        products = np.array(_gradients(uses, rows) @ d.T)
+        done = 0
+        for use in uses:
+            count = use.x.shape[0]
+            s[use.first : use.first + count] += products[done : done + count]
+            done += count
 
 
-def _products(
-    w: mx.array, rows: slice, uses: Sequence[_Use], lattice: Lattice | None, scored: _Scored
-) -> list[mx.array]:
-    """<g^T x, W - Q(W)> over some rows: for every use, (k, options)."""
-    part = lattice and _part(lattice, rows)
-    d = deltas(w[rows], scored.options, part, scored.dtype)
-    products = []
+def _gradients(uses: Sequence[_Use], rows: slice) -> mx.array:
+    """g^T x of every sequence for some rows of the matrix: (sequences, rows * in) float32."""
+    parts = []
     for use in uses:
         g, x = use.g[..., rows].astype(mx.float32), use.x.astype(mx.float32)
-        grad = g.swapaxes(-1, -2) @ x
-        products.append(grad.reshape(grad.shape[0], -1) @ d.T)
-    return products
+        gradient = g.swapaxes(-1, -2) @ x
+        parts.append(gradient.reshape(gradient.shape[0], -1))
+    return mx.concatenate(parts)
 
 
 @dataclasses.dataclass(frozen=True)
