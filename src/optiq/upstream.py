@@ -101,7 +101,7 @@ def load_quantized(path: Path) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def dense_float32(model: nn.Module) -> nn.Module:
-    """The model with dense float32 weights, which the CPU runs ten times faster than packed ones."""
+    """The model with dense float32 weights, which the CPU runs much faster than packed ones."""
     model.set_dtype(mx.float32)
     return dequantize_model(model)
 

@@ -227,12 +227,6 @@ class Sketch:
         if not has_state:
             self._state_file.unlink(missing_ok=True)
 
-    def _summed(self, own: mx.array) -> mx.array:
-        """A Gram matrix over the sequences of all processes."""
-        if self._group is None:
-            return own
-        return mx.distributed.all_sum(own, group=self._group)
-
     # -- passes ----------------------------------------------------------------------------------
 
     def run(self) -> dict[str, Scores]:
@@ -290,8 +284,9 @@ class Sketch:
         def done(index: int, _block: object) -> None:
             weights = self.source.weights()
             ratios: dict[str, FloatArray] = {}
-            for paths, own in self._grams.groups():
-                matrix = self._summed(own)
+            if self._group is not None:
+                self._grams.gather(self._group)
+            for paths, matrix in self._grams.groups():
                 infos = [self.infos[path] for path in paths]
                 chosen = [weights[f"{path}.weight"] for path in paths]
                 found = rounding_ratios(
@@ -409,8 +404,9 @@ class Sketch:
         _accumulate(score.s, part, uses, lattice, scored)
 
     def _head_ratios(self, head: HeadSlices) -> dict[str, FloatArray]:
-        ((_, own),) = self._grams.groups()
-        matrix = self._summed(own)
+        if self._group is not None:
+            self._grams.gather(self._group)
+        ((_, matrix),) = self._grams.groups()
         self._grams.clear()
         weight = self._weight(head.info.path)
         return rounding_ratios(
