@@ -19,6 +19,7 @@ import numpy as np
 
 from optiq.artifacts import (
     KEEP,
+    LATTICE,
     BitPlan,
     ModuleInfo,
     ModuleScores,
@@ -35,6 +36,7 @@ from optiq.quant.knapsack import FloatArray, IntArray, hull_path, solve, total
 DEFAULT_BPW = 5.0
 ROUTER_BITS = 8
 SPEED_KL_RISE = 0.1
+_SHADOWED = QuantOption("affine", LATTICE.bits, LATTICE.group_size)
 _FAST_CUDA_BITS = (4, 8, 16)
 _SLOW_CUDA_FACTOR = 1.3
 _KL_ROUNDING = 1e-12  # sums of KL in another order differ by less
@@ -340,7 +342,8 @@ def _allowed(
         options.append(dataclasses.replace(score, kl_nats_per_token=max(kl, 0.0)))
     if pin is None:
         lowest = max(config.min_bits, floor)
-        return [score for score in options if score.option.bits >= lowest]
+        shadowed = _SHADOWED if scores.lattice.exact else None  # as many bytes, never better
+        return [s for s in options if s.option.bits >= lowest and s.option != shadowed]
     pinned = [score for score in options if score.option == pin.option]
     if not pinned:
         keys = ", ".join(score.option.key for score in options)

@@ -195,6 +195,19 @@ def test_negative_score_counts_as_zero():
     assert plan.predicted_kl == 0
 
 
+def test_an_exact_lattice_wins_over_ordinary_codes_of_its_size():
+    table = random_table(llama_modules(4), 0, lattice=True)
+    rows = []
+    for row in table.modules:
+        level = [dataclasses.replace(s, kl_nats_per_token=0.0) for s in row.scores]
+        rows.append(dataclasses.replace(row, scores=tuple(level)))
+    table = dataclasses.replace(table, modules=tuple(rows))
+    plan = allocate(table, AllocateConfig(target_bpw=5.0, min_bits=4))
+    exact = {row.module.path for row in table.modules if row.lattice.exact}
+    assert exact
+    assert all(e.option.key != "4/32" for e in plan.entries if e.path in exact)
+
+
 def test_lattice_is_taken_where_it_is_best():
     table = random_table(llama_modules(4), 0, lattice=True)
     chosen = options(allocate(table, AllocateConfig(target_bpw=5.3)))
