@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,6 @@ from optiq.artifacts import (
     OptionScore,
     Provenance,
     QuantOption,
-    Scoring,
     SensitivityTable,
     menu,
 )
@@ -197,6 +195,3 @@ def split_half(scores: dict[str, Scores]) -> float:
             part.extend((score.s[start::2].astype(np.float64) ** 2).mean(axis=0))
     a, b = (np.log(np.maximum(half, 1e-30)) for half in halves)
     return float(np.corrcoef(a, b)[0, 1])
-
-
-__all__: Sequence[str] = ["EFFORTS", "Effort", "Scoring", "measure_table", "split_half"]

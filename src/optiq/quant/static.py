@@ -24,7 +24,6 @@ from optiq.quant.quantizers import rtn, search
 from optiq.quant.quantizers.base import Inputs
 
 _SAMPLE_ROWS = 192
-_KL_PER_ERROR = 1.0
 
 
 def static_scores(source: Source, rounding: Rounding) -> tuple[ModuleScores, ...]:
@@ -47,7 +46,7 @@ def static_scores(source: Source, rounding: Rounding) -> tuple[ModuleScores, ...
         scores = []
         for option in menu(info.in_dims):
             rounded = quantize(sample, option, inputs, source.info.dtype).weights()
-            error = float(((sample - rounded) ** 2).sum()) / power * _KL_PER_ERROR
+            error = float(((sample - rounded) ** 2).sum()) / power
             size = option.size_bytes(info.shape, itemsize)
             scores.append(OptionScore(option, error, 0.0, size, "none"))
         lattice = find_lattice(weight, source.dtype)
