@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -66,7 +67,7 @@ def render(facts: CardFacts) -> str:
 
 def _by_option(plan: BitPlan) -> list[tuple[str, int, str]]:
     """Option, matrices and share of the weights, most bits first."""
-    total = sum(_num_params(shape) for shape in (e.shape for e in plan.entries))
+    total = sum(math.prod(entry.shape) for entry in plan.entries)
     count: Counter[str] = Counter()
     weights: Counter[str] = Counter()
     order = {}
@@ -74,7 +75,7 @@ def _by_option(plan: BitPlan) -> list[tuple[str, int, str]]:
         key = entry.option.key
         order[key] = (-entry.option.bits, entry.option.group_size)
         count[key] += 1
-        weights[key] += _num_params(entry.shape)
+        weights[key] += math.prod(entry.shape)
     return [
         (key, count[key], f"{100 * weights[key] / total:.1f}%")
         for key in sorted(order, key=lambda key: order[key])
@@ -86,15 +87,8 @@ def _by_role(plan: BitPlan) -> list[tuple[str, int, str]]:
     groups: dict[str, list[tuple[int, int]]] = {}
     for entry in plan.entries:
         kind = entry.path.rpartition(".")[2]
-        groups.setdefault(kind, []).append((entry.size_bytes, _num_params(entry.shape)))
+        groups.setdefault(kind, []).append((entry.size_bytes, math.prod(entry.shape)))
     return [
         (kind, len(rows), f"{bpw(sum(r[0] for r in rows), sum(r[1] for r in rows)):.2f}")
         for kind, rows in groups.items()
     ]
-
-
-def _num_params(shape: tuple[int, ...]) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Literal
 
+from optiq.artifacts import menu
 from optiq.backend import compute_dtype, device_name, gflops, is_cpu, memory_bytes, mx
 from optiq.configs import MeasureConfig, RunConfig, parse_size
 from optiq.events import Emit, no_emit
@@ -104,7 +105,7 @@ def estimate(source: Source, verb: Verb, measure: MeasureConfig) -> Needs:
     speed = gflops() * 1e9
     passes = {
         "fisher": 5.0,
-        "exact": float(sum(len(_menu(m.in_dims)) for m in source.modules)),
+        "exact": float(sum(len(menu(m.in_dims)) for m in source.modules)),
         "static": 0.0,
     }[measure.method]
     millions = sum(m.num_params for m in source.modules) / 1e6
@@ -121,11 +122,6 @@ def estimate(source: Source, verb: Verb, measure: MeasureConfig) -> Needs:
     work = boundary * (blocks + 2)
     out = source.info.size_bytes if verb == "convert" else 0
     return Needs(seconds, _peak_bytes(source, boundary), work + out, out)
-
-
-def _menu(in_dims: int) -> range:
-    """As many items as a row has options."""
-    return range(6 * sum(in_dims % group == 0 for group in (32, 64, 128)))
 
 
 def _itemsize(source: Source) -> int:

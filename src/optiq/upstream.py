@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from mlx_lm import stream_generate
-from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import (
@@ -27,7 +27,6 @@ from optiq.errors import UnsupportedModel
 _MAX_BLOCKS = 10_000  # a tree of more takes minutes and gigabytes, and no model has them
 
 __all__ = [
-    "QuantizedSwitchLinear",
     "SwitchLinear",
     "TokenizerWrapper",
     "build_model",

@@ -15,19 +15,9 @@ from tokenizers import pre_tokenizers as pre
 from optiq.errors import UnsupportedModel, UsageError
 from optiq.events import Emit, Notice
 from optiq.models.gguf_file import GGUFFile
+from optiq.models.safetensors_io import TOKENIZER_FILES
 
 _HINT = "give --tokenizer DIR with the model's own tokenizer.json"
-_COPIED = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 _TEMPLATE_KEY = "tokenizer.chat_template"
 _SPACE = "\u2581"  # how SentencePiece writes a space
 # Tokens that end a turn; they end generation where the chat template writes them.
@@ -183,7 +173,7 @@ def copy_tokenizer(source: Path, file: GGUFFile, vocab_size: int, out: Path, emi
             f"{path} has ids up to {largest}, but the embedding of {file.path} has {vocab_size} "
             f"rows; give the tokenizer of this model"
         )
-    for name in _COPIED:
+    for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, out / name)
     if not (out / "tokenizer_config.json").is_file():

@@ -411,9 +411,3 @@ def stored_bpw(path: Path, modules: tuple[ModuleInfo, ...]) -> float:
         if name in headers
     )
     return 8 * stored / sum(m.num_params for m in modules)
-
-
-def note_source(source: Source, emit: Emit) -> None:
-    """Say what was opened."""
-    params = sum(m.num_params for m in source.modules)
-    emit(Notice(f"{source.info.name}: {source.info.model_type}, {params / 1e6:.0f}M weights"))

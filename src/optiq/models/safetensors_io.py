@@ -44,7 +44,7 @@ _PREFIX_BYTES = 8
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 _ALIGNMENT = 8
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
@@ -54,7 +54,6 @@ _TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
-    "generation_config.json",
 )
 _SAMPLE_BYTES = 4096
 
@@ -271,7 +270,7 @@ def fingerprint(directory: Path) -> str:
     """
     digest = hashlib.sha256()
     headers = read_headers(directory)
-    for name in ("config.json", *_TOKENIZER_FILES):
+    for name in ("config.json", *TOKENIZER_FILES, "generation_config.json"):
         file = directory / name
         if file.is_file():
             _update(digest, name.encode(), file.read_bytes())
