@@ -193,3 +193,52 @@ class BenchConfig:
         """Refuse empty runs."""
         for name in ("prompt_tokens", "new_tokens", "repeats"):
             _positive(getattr(self, name), "--" + name.replace("_", "-"))
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """What `optiq eval` asks, and how."""
+
+    tasks: tuple[str, ...] = option(
+        (), "Benchmark; may be repeated. Default: all six.", metavar="NAME"
+    )
+    task_file: Path | None = option(
+        None, "JSON lines of exact-match items of your own, scored as one more task."
+    )
+    data_dir: Path | None = option(
+        None, "Directory with the benchmark files; default: the hub, at pinned revisions."
+    )
+    full: bool = option(False, "All items of MMLU, GSM8K and BFCL instead of the default share.")
+    limit: int | None = option(None, "At most this many items a benchmark, evenly drawn.")
+    mmlu_form: Literal["text", "chat"] = option("text", "MMLU as raw text or as a chat message.")
+    gsm8k_form: Literal["auto", "chat", "text"] = option(
+        "auto", "GSM8K zero-shot in chat, or 8-shot as raw text; auto: chat if there is a template."
+    )
+    bfcl_form: Literal["native", "prompt"] = option(
+        "native", "Offer functions in the model's own tool format, or described in the prompt."
+    )
+    hashhop_published: bool = option(
+        False, "The 100 HashHop chains of published cards instead of 1,000."
+    )
+    sampling: Literal["greedy", "model"] = option(
+        "greedy", "greedy, or model: the checkpoint's own sampling."
+    )
+    seeds: int = option(1, "Runs with different seeds, with --sampling model.")
+    samples: int = option(1, "HumanEval samples a problem, for pass@k, with --sampling model.")
+    thinking: bool = option(False, "Let the model think before it answers, where it can.")
+    max_tokens: int | None = option(None, "Longest answer; default: by benchmark.")
+    batch_size: int = option(8, "Sequences generated at a time.")
+    seed: int = option(0, "Seed of item choice and of sampling.")
+    allow_code_execution: bool = option(
+        False, "Run code that the model writes, in a sandbox; HumanEval needs it."
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be honoured."""
+        for name in ("limit", "seeds", "samples", "max_tokens", "batch_size"):
+            _positive(getattr(self, name), "--" + name.replace("_", "-"))
+        for name in ("seeds", "samples"):
+            if getattr(self, name) > 1 and self.sampling == "greedy":
+                raise UsageError(
+                    f"--{name} {getattr(self, name)} needs --sampling model: greedy answers repeat"
+                )
