@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from optiq.artifacts import GROUP_SIZES, ModuleInfo, QuantOption, Rounding, menu
-from optiq.backend import mx
+from optiq.backend import is_cpu, mx
 from optiq.models.taps import Call
 from optiq.numerics.gram import damped, gram
-from optiq.quant.quantizers import gptq, rtn, search
+from optiq.quant.quantizers import device, gptq, rtn, search
 from optiq.quant.quantizers.base import FloatArray, Inputs, weighted_error
 
 SAMPLE_ROWS = 192
@@ -126,15 +126,10 @@ def rounding_ratios(
     if rounding == "rtn" or not options:
         return {info.path: np.ones(len(options), np.float32) for info in infos}
     columns = _sampled_columns(infos[0].in_dims)
-    inputs = Inputs(np.array(matrix[columns][:, columns]))
-    weighing = damped(inputs.gram, gptq.DAMPING)
+    gram_matrix = np.array(matrix[columns][:, columns])
     samples = [_sample(weight, columns) for weight in weights]
-    rows = np.concatenate(samples)
-    before = [
-        weighted_error(rows, rtn.quantize(rows, option, inputs, dtype).weights(), weighing)
-        for option in options
-    ]
-    after = _rounded_errors(rows, options, inputs, rounding, dtype)
+    errors = host_errors if is_cpu() else device.sampled_errors
+    before, after = errors(np.concatenate(samples), options, gram_matrix, rounding, dtype)
     found, start = {}, 0
     for info, sample in zip(infos, samples, strict=True):
         part = slice(start, start + len(sample))
@@ -146,21 +141,23 @@ def rounding_ratios(
     return found
 
 
-def _rounded_errors(
+def host_errors(
     rows: FloatArray,
     options: Sequence[QuantOption],
-    inputs: Inputs,
+    gram_matrix: FloatArray,
     rounding: Rounding,
     dtype: str,
-) -> list[FloatArray]:
-    """Weighted error of every row at every option; options of one group size share a GPTQ run."""
+) -> tuple[FloatArray, FloatArray]:
+    """What `device.sampled_errors` gives, in numpy; options of one group size share a GPTQ run."""
+    inputs = Inputs(gram_matrix)
+    weighing = damped(gram_matrix, gptq.DAMPING)
+    plain = [rtn.quantize(rows, option, inputs, dtype).weights() for option in options]
+    before = np.stack([weighted_error(rows, dense, weighing) for dense in plain])
     packed = [search.quantize(rows, option, inputs, dtype) for option in options]
     if rounding == "search":
-        weighing = damped(inputs.gram, gptq.DAMPING)
-        return [weighted_error(rows, p.weights(), weighing) for p in packed]
-    back = gptq.feedback(inputs.gram)
-    errors: list[FloatArray] = [rows[:, 0]] * len(options)
-
+        return before, np.stack([weighted_error(rows, p.weights(), weighing) for p in packed])
+    back = gptq.feedback(gram_matrix)
+    after = np.empty_like(before)
     for size in sorted({option.group_size for option in options}):
         at = [n for n, option in enumerate(options) if option.group_size == size]
         levels = [np.full(len(rows), 2 ** options[n].bits - 1, np.float32) for n in at]
@@ -168,6 +165,5 @@ def _rounded_errors(
         biases = np.concatenate([packed[n].biases for n in at])
         repeated = np.concatenate([rows] * len(at))
         _, error = gptq.assign(repeated, scales, biases, np.concatenate(levels), back)
-        for n, part in zip(at, np.split(error, len(at)), strict=True):
-            errors[n] = part
-    return errors
+        after[at] = error.reshape(len(at), -1)
+    return before, after

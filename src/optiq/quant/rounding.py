@@ -16,7 +16,7 @@ from optiq.artifacts import (
     QuantOption,
     Rounding,
 )
-from optiq.backend import mx, save_arrays
+from optiq.backend import is_cpu, mx, save_arrays
 from optiq.errors import ArtifactMismatch
 from optiq.events import Emit, Progress, StageDone, StageStarted
 from optiq.models.head import HeadSlices
@@ -25,7 +25,7 @@ from optiq.models.stream import StreamedModel
 from optiq.models.taps import tapped
 from optiq.numerics.affine import Grid, decode, encode, grouped, pack
 from optiq.numerics.lattice import BITS, find_lattice
-from optiq.quant.quantizers import gptq, rtn, search
+from optiq.quant.quantizers import device, gptq, rtn, search
 from optiq.quant.quantizers.base import FloatArray, Inputs, Packed
 from optiq.quant.ratios import GramStore
 
@@ -163,11 +163,11 @@ def end_statistics(stream: StreamedModel, source: Source) -> GramStore:
     return grams
 
 
-RowQuantizer = Callable[[FloatArray, QuantOption, str], Packed]
+RowQuantizer = Callable[[mx.array, QuantOption, str], tuple[mx.array, Grid]]
 
 
 def quantizer(rounding: Rounding, gram: FloatArray | None, in_dims: int) -> RowQuantizer:
-    """A function that rounds rows that read given inputs.
+    """A function that rounds rows that read given inputs: (codes (rows, in) uint8, grid).
 
     Args:
         rounding: which rounding.
@@ -175,12 +175,25 @@ def quantizer(rounding: Rounding, gram: FloatArray | None, in_dims: int) -> RowQ
             counts the same, and there is no error to feed forward.
         in_dims: length of a row.
     """
-    inputs = Inputs(np.eye(in_dims, dtype=np.float32) if gram is None else gram)
-    if rounding == "gptq" and gram is not None:
-        back = gptq.feedback(inputs.gram)
-        return lambda w, option, dtype: gptq.quantize_with(w, option, inputs, dtype, back)
+    feedback = rounding == "gptq" and gram is not None
+    matrix = np.eye(in_dims, dtype=np.float32) if gram is None else gram
+    if not is_cpu():
+        known = device.device_inputs(matrix, feedback=feedback)
+        return lambda w, option, dtype: device.quantize(w, option, known, dtype, rounding)
+    inputs = Inputs(matrix)
+    if feedback:
+        back = gptq.feedback(matrix)
+        return _on_host(lambda w, o, dtype: gptq.quantize_with(w, o, inputs, dtype, back))
     plain = rtn.quantize if rounding == "rtn" else search.quantize
-    return lambda w, option, dtype: plain(w, option, inputs, dtype)
+    return _on_host(lambda w, option, dtype: plain(w, option, inputs, dtype))
+
+
+def _on_host(quantize: Callable[[FloatArray, QuantOption, str], Packed]) -> RowQuantizer:
+    def run(w: mx.array, option: QuantOption, dtype: str) -> tuple[mx.array, Grid]:
+        packed = quantize(np.array(w), option, dtype)
+        return mx.array(packed.codes), Grid(mx.array(packed.scales), mx.array(packed.biases))
+
+    return run
 
 
 _CHUNK_WEIGHTS = 1 << 25
@@ -199,7 +212,7 @@ def rounded_tensors(
         info: the module.
         entry: its option.
         weight: (..., in) in the source dtype.
-        quantize: rounds (rows, in) float32 matrices.
+        quantize: rounds (rows, in) float32 matrices; from `quantizer`.
         source: gives the stored dtype.
     """
     option = entry.option
@@ -209,11 +222,11 @@ def rounded_tensors(
         codes, grid = _lattice_codes(info, weight, source)
         return _stored(info, pack(codes, BITS), grid, source.dtype)
     packed, scales, biases = [], [], []
-    for part in _parts(info, option, weight, quantize, source):
-        packed.append(pack(mx.array(part.codes), option.bits))
-        scales.append(mx.array(part.scales))
-        biases.append(mx.array(part.biases))
-        mx.eval(packed[-1])
+    for codes, grid in _parts(info, option, weight, quantize, source):
+        packed.append(pack(codes, option.bits))
+        scales.append(grid.scales)
+        biases.append(grid.biases)
+        mx.eval(packed[-1], *grid)
     lead = weight.shape[:-1]
     words = mx.concatenate(packed).reshape(*lead, -1)
     grid = Grid(
@@ -232,7 +245,8 @@ def dense_rounded(
         codes, grid = _lattice_codes(info, weight, source)
         return decode(grouped(codes, option.group_size), grid).reshape(weight.shape)
     parts = _parts(info, option, weight, quantize, source)
-    return mx.concatenate([mx.array(p.weights()) for p in parts]).reshape(weight.shape)
+    dense = [decode(grouped(codes, option.group_size), grid) for codes, grid in parts]
+    return mx.concatenate(dense).reshape(weight.shape)
 
 
 def _lattice_codes(info: ModuleInfo, weight: mx.array, source: Source) -> tuple[mx.array, Grid]:
@@ -248,12 +262,12 @@ def _lattice_codes(info: ModuleInfo, weight: mx.array, source: Source) -> tuple[
 
 def _parts(
     info: ModuleInfo, option: QuantOption, weight: mx.array, quantize: RowQuantizer, source: Source
-) -> Iterator[Packed]:
+) -> Iterator[tuple[mx.array, Grid]]:
     """The rounded rows of a module, a slice of bounded size at a time."""
     rows = weight.reshape(-1, info.in_dims)
     step = max(1, _CHUNK_WEIGHTS // info.in_dims)
     for start in range(0, rows.shape[0], step):
-        part = np.array(rows[start : start + step].astype(mx.float32))
+        part = rows[start : start + step].astype(mx.float32)
         yield quantize(part, option, source.info.dtype)
 
 

@@ -7,9 +7,9 @@ from optiq.artifacts import ModuleInfo, menu
 from optiq.backend import mx
 from optiq.models.taps import Call
 from optiq.numerics.gram import damped
-from optiq.quant.quantizers import gptq, rtn, search
+from optiq.quant.quantizers import device, gptq, rtn, search
 from optiq.quant.quantizers.base import Inputs, weighted_error
-from optiq.quant.ratios import SAMPLE_ROWS, GramStore, rounding_ratios
+from optiq.quant.ratios import SAMPLE_ROWS, GramStore, host_errors, rounding_ratios
 
 
 def inputs(seed, shape=(2, 5, 64)):
@@ -196,3 +196,19 @@ def test_only_options_of_the_menu(rounding):
     matrix = mx.array(np.eye(40, dtype=np.float32))
     found = rounding_ratios([odd], [weights(0, 8, 40)], matrix, rounding, "bfloat16")
     assert found["odd"].shape == (0,)
+
+
+@pytest.mark.parametrize("rounding", ["search", "gptq"])
+def test_the_device_finds_what_the_host_finds(rounding):
+    rows = np.random.default_rng(7).standard_t(5, (24, 256)).astype(np.float32)
+    x = np.random.default_rng(8).standard_normal((1024, 256)).astype(np.float32)
+    given = (rows, menu(256), (x.T @ x).astype(np.float32), rounding, "bfloat16")
+    mx.disable_compile()  # for the CPU it takes a compiler that the machine may not have
+    try:
+        before, after = device.sampled_errors(*given)
+    finally:
+        mx.enable_compile()
+    wanted_before, wanted_after = host_errors(*given)
+    np.testing.assert_allclose(before, wanted_before, rtol=1e-4)
+    # a code at a boundary goes either way, and the columns after it with it
+    np.testing.assert_allclose(after.sum(axis=1), wanted_after.sum(axis=1), rtol=0.02)

@@ -17,8 +17,8 @@ from optiq.quant.quantizers.base import (
 )
 
 _CHUNK_WEIGHTS = 1 << 17
-_FITS = 2
-_SHRINK = {
+FITS = 2
+SHRINK = {
     2: (1.0, 0.9, 0.8, 0.7, 0.6, 0.5),
     3: (1.0, 0.93, 0.86, 0.79, 0.72, 0.65),
     4: (1.0, 0.95, 0.9, 0.85, 0.8),
@@ -79,10 +79,10 @@ def search_grid(
     best = data.error(encode(groups, scales, biases, bits), scales, biases)
     high, low = groups.max(axis=-1), groups.min(axis=-1)
     middle, half = (high + low) / 2, (high - low) / 2
-    for shrink in _SHRINK[bits]:
+    for shrink in SHRINK[bits]:
         scale = (half * (2 * shrink / (2**bits - 1))).astype(np.float32)
         bias = (middle - half * shrink).astype(np.float32)
-        for _ in range(_FITS):
+        for _ in range(FITS):
             scale, bias = data.fit(encode(groups, scale, bias, bits), dtype)
             error = data.error(encode(groups, scale, bias, bits), scale, bias)
             better = error < best
