@@ -56,7 +56,6 @@ def weighted_error(w: mx.array, rounded: mx.array, gram: mx.array) -> mx.array:
     return ((d @ gram) * d).sum(axis=-1)
 
 
-@mx.compile
 def _fit(
     groups: mx.array, h: mx.array, scale: mx.array, bias: mx.array, levels: mx.array
 ) -> tuple[mx.array, mx.array, mx.array]:
@@ -72,7 +71,6 @@ def _fit(
     return mx.where(var > 1e-9, cov / mx.where(var > 1e-9, var, 1), 0), mean_w, mean_q
 
 
-@mx.compile
 def _error(
     groups: mx.array, h: mx.array, scale: mx.array, bias: mx.array, levels: mx.array
 ) -> mx.array:
