@@ -21,7 +21,7 @@ from optiq.models.head import head_of
 from optiq.models.load import Source
 from optiq.models.stream import StreamedModel
 from optiq.numerics.divergence import clustered_mean, divergence
-from optiq.quant.ratios import GramStore
+from optiq.quant.grams import GramStore
 from optiq.quant.rounding import dense_rounded, end_statistics, quantizer
 
 Pair = tuple[ModuleScores, QuantOption]

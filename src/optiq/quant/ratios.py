@@ -1,15 +1,23 @@
-"""What the final rounding will leave of the min/max rounding error, measured on sampled rows."""
+"""What the final rounding will leave of the KL of min/max rounding, measured on sampled rows.
+
+The sketch scores min/max rounding of all rows at every option. The final rounding of all rows at
+every option would cost as much as converting once an option. So both are done on a few rows of each
+matrix, and the ratio of their s^2, summed over probes and rows, scales the scores. Weighing the
+errors by the inputs alone would be cheaper but ranks modules worse: error feedback moves errors to
+where inputs are weak, and the KL also asks for the gradients and adds over a sequence.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from optiq.artifacts import GROUP_SIZES, ModuleInfo, QuantOption, Rounding, menu
 from optiq.backend import is_cpu, mx
-from optiq.models.taps import Call
-from optiq.numerics.gram import damped, gram
+from optiq.numerics.gram import damped
 from optiq.quant.quantizers import device, gptq, rtn, search
 from optiq.quant.quantizers.base import FloatArray, Inputs, weighted_error
 
@@ -17,77 +25,29 @@ SAMPLE_ROWS = 192
 _MAX_COLUMNS = 2048
 
 
-class GramStore:
-    """Gram matrices of the matrices of one block; matrices that read the same array share one.
+class Sampled(NamedTuple):
+    """Rounding errors W - Q(W) of some rows and columns of a matrix.
 
-    Sums keep their rounding errors in a second array, so that they do not depend on the order of
-    the terms: error feedback amplifies a difference in the last bit, and processes that share a run
-    must agree.
+    Attributes:
+        rows: numbers of the rows, (n,) rising; of a stack of experts, rows of all of them.
+        columns: numbers of the columns, (c,).
+        before: errors of min/max rounding, (n, c, options) float32.
+        after: errors of the final rounding, likewise.
     """
 
-    def __init__(self) -> None:
-        self._sums: list[tuple[mx.array, mx.array]] = []
-        self._of: dict[str, int] = {}
-
-    def add(self, calls: list[Call]) -> None:
-        """Add the inputs of one micro-batch; call it with every micro-batch of the block."""
-        fresh: dict[int, int] = {}
-        added: set[tuple[int, int]] = set()
-        for call in calls:
-            if call.lookup:
-                continue
-            key = id(call.x)
-            if call.path not in self._of:
-                if key not in fresh:
-                    fresh[key] = len(self._sums)
-                    zero = mx.zeros((call.x.shape[-1],) * 2)
-                    self._sums.append((zero, zero))
-                self._of[call.path] = fresh[key]
-            slot = self._of[call.path]
-            if (slot, key) not in added:
-                self._sums[slot] = _added(self._sums[slot], gram(call.x))
-                added.add((slot, key))
-        mx.eval(self._sums)
-
-    def gather(self, group: mx.distributed.Group) -> None:
-        """Take in the sums of the other processes, which have seen the same matrices."""
-        for slot, parts in enumerate(self._sums):
-            totals, rests = (mx.distributed.all_gather(part[None], group=group) for part in parts)
-            total = (mx.zeros_like(parts[0]), rests.sum(axis=0))
-            for other in totals:
-                total = _added(total, other)
-            self._sums[slot] = total
-            mx.eval(total)
-
-    def groups(self) -> Iterator[tuple[list[str], mx.array]]:
-        """(paths, Gram matrix) of every shared input, in order of first use."""
-        for slot, (total, rest) in enumerate(self._sums):
-            yield [path for path, index in self._of.items() if index == slot], total + rest
-
-    def clear(self) -> None:
-        """Forget everything."""
-        self._sums, self._of = [], {}
+    rows: npt.NDArray[np.int64]
+    columns: mx.array
+    before: mx.array
+    after: mx.array
 
 
-def _added(total: tuple[mx.array, mx.array], new: mx.array) -> tuple[mx.array, mx.array]:
-    """A sum and what rounding took from it, with one more term.
-
-    Reference: two-sum of Knuth, The Art of Computer Programming 2, 4.2.2.
-    """
-    high, rest = total
-    s = high + new
-    part = s - high
-    return s, rest + ((high - (s - part)) + (new - part))
+def sampled_rows(num_rows: int) -> npt.NDArray[np.int64]:
+    """Evenly spaced row numbers, at most 192."""
+    count = min(SAMPLE_ROWS, num_rows)
+    return np.linspace(0, num_rows - 1, count).round().astype(np.int64)
 
 
-def _sample(weight: mx.array, columns: mx.array) -> FloatArray:
-    rows = weight.reshape(-1, weight.shape[-1])
-    count = min(SAMPLE_ROWS, rows.shape[0])
-    picked = np.linspace(0, rows.shape[0] - 1, count).round().astype(np.int64)
-    return np.array(rows[mx.array(picked)][:, columns].astype(mx.float32))
-
-
-def _sampled_columns(in_dims: int) -> mx.array:
+def sampled_columns(in_dims: int) -> mx.array:
     """All columns, or of a long row evenly spaced runs of whole groups, 2048 columns in all.
 
     Error feedback over a part of the columns leaves a little more error than over all of them; the
@@ -100,45 +60,71 @@ def _sampled_columns(in_dims: int) -> mx.array:
     return mx.array((starts[:, None] + np.arange(run)).reshape(-1))
 
 
-def rounding_ratios(
+def rounding_errors(
     infos: Sequence[ModuleInfo],
     weights: Sequence[mx.array],
     matrix: mx.array,
     rounding: Rounding,
     dtype: str,
-) -> dict[str, FloatArray]:
-    """Weighted error of a rounding over that of min/max rounding, by module and option.
+) -> dict[str, Sampled]:
+    """Errors of min/max rounding and of the final one, by module.
 
     Args:
         infos: modules that read the same inputs.
         weights: their weights, in the source dtype.
         matrix: Gram matrix of the inputs, (in, in).
-        rounding: the rounding convert will use.
+        rounding: the rounding convert will use; with `rtn` there is nothing to compare.
         dtype: stored dtype of scales and biases.
 
     Returns:
-        By path, one ratio for every option of `artifacts.menu`, in its order.
+        By path, errors for every option of `artifacts.menu`, in its order.
 
     Cost: one factorization, and the rounding of at most 192 rows x 2048 columns a module at every
         option.
     """
     options = menu(infos[0].in_dims)
     if rounding == "rtn" or not options:
-        return {info.path: np.ones(len(options), np.float32) for info in infos}
-    columns = _sampled_columns(infos[0].in_dims)
-    gram_matrix = np.array(matrix[columns][:, columns])
-    samples = [_sample(weight, columns) for weight in weights]
+        return {}
+    columns = sampled_columns(infos[0].in_dims)
+    numbers = [sampled_rows(w.size // w.shape[-1]) for w in weights]
+    rows = [
+        np.array(w.reshape(-1, w.shape[-1])[mx.array(at)][:, columns].astype(mx.float32))
+        for w, at in zip(weights, numbers, strict=True)
+    ]
     errors = host_errors if is_cpu() else device.sampled_errors
-    before, after = errors(np.concatenate(samples), options, gram_matrix, rounding, dtype)
+    given = np.concatenate(rows), options, np.array(matrix[columns][:, columns]), rounding, dtype
+    before, after = (mx.stack(parts, axis=-1) for parts in errors(*given))
     found, start = {}, 0
-    for info, sample in zip(infos, samples, strict=True):
-        part = slice(start, start + len(sample))
+    for info, at in zip(infos, numbers, strict=True):
+        part = slice(start, start + len(at))
         start = part.stop
-        sums = [
-            (float(a[part].sum()), float(b[part].sum())) for a, b in zip(after, before, strict=True)
-        ]
-        found[info.path] = np.array([a / b if b > 0 else 1.0 for a, b in sums], np.float32)
+        found[info.path] = Sampled(at, columns, before[part], after[part])
     return found
+
+
+def squared_sums(
+    sampled: Sampled, g: mx.array, x: mx.array, first_row: int = 0
+) -> tuple[FloatArray, FloatArray]:
+    """Sums of s^2 over sequences and sampled rows, for both roundings: (options,) each.
+
+    Args:
+        sampled: errors of a matrix.
+        g: cotangents of the outputs, (sequences, T, out), for rows from `first_row` on.
+        x: inputs, (sequences, T, in).
+        first_row: row number of the first output.
+    """
+    here = (sampled.rows >= first_row) & (sampled.rows < first_row + g.shape[-1])
+    if not here.any():
+        none = np.zeros(sampled.before.shape[-1], np.float32)
+        return none, none
+    at = mx.array(np.flatnonzero(here))
+    own = g[..., mx.array(sampled.rows[here] - first_row)].astype(mx.float32)
+    gradient = own.swapaxes(-1, -2) @ x[..., sampled.columns].astype(mx.float32)
+    by_row = gradient.swapaxes(0, 1)  # (n, sequences, c)
+    before, after = (
+        ((by_row @ errors[at]) ** 2).sum(axis=(0, 1)) for errors in (sampled.before, sampled.after)
+    )
+    return np.array(before), np.array(after)
 
 
 def host_errors(
@@ -147,23 +133,26 @@ def host_errors(
     gram_matrix: FloatArray,
     rounding: Rounding,
     dtype: str,
-) -> tuple[FloatArray, FloatArray]:
+) -> tuple[list[mx.array], list[mx.array]]:
     """What `device.sampled_errors` gives, in numpy; options of one group size share a GPTQ run."""
     inputs = Inputs(gram_matrix)
-    weighing = damped(gram_matrix, gptq.DAMPING)
-    plain = [rtn.quantize(rows, option, inputs, dtype).weights() for option in options]
-    before = np.stack([weighted_error(rows, dense, weighing) for dense in plain])
-    packed = [search.quantize(rows, option, inputs, dtype) for option in options]
-    if rounding == "search":
-        return before, np.stack([weighted_error(rows, p.weights(), weighing) for p in packed])
-    back = gptq.feedback(gram_matrix)
-    after = np.empty_like(before)
-    for size in sorted({option.group_size for option in options}):
-        at = [n for n, option in enumerate(options) if option.group_size == size]
-        levels = [np.full(len(rows), 2 ** options[n].bits - 1, np.float32) for n in at]
-        scales = np.concatenate([packed[n].scales for n in at])
-        biases = np.concatenate([packed[n].biases for n in at])
-        repeated = np.concatenate([rows] * len(at))
-        _, error = gptq.assign(repeated, scales, biases, np.concatenate(levels), back)
-        after[at] = error.reshape(len(at), -1)
-    return before, after
+    plain = [rtn.quantize(rows, option, inputs, dtype) for option in options]
+    before = [mx.array(rows - packed.weights()) for packed in plain]
+    final = [search.quantize(rows, option, inputs, dtype) for option in options]
+    if rounding == "gptq":
+        weighing = damped(gram_matrix, gptq.DAMPING)
+        back = gptq.feedback(gram_matrix)
+        for size in sorted({option.group_size for option in options}):
+            at = [n for n, option in enumerate(options) if option.group_size == size]
+            levels = [np.full(len(rows), 2 ** options[n].bits - 1, np.float32) for n in at]
+            scales = np.concatenate([final[n].scales for n in at])
+            biases = np.concatenate([final[n].biases for n in at])
+            repeated = np.concatenate([rows] * len(at))
+            codes, error = gptq.assign(repeated, scales, biases, np.concatenate(levels), back)
+            for n, fed, left in zip(
+                at, np.split(codes, len(at)), np.split(error, len(at)), strict=True
+            ):
+                better = left <= weighted_error(rows, final[n].weights(), weighing)
+                chosen = np.where(better[:, None], fed, final[n].codes)
+                final[n] = final[n]._replace(codes=chosen)
+    return before, [mx.array(rows - packed.weights()) for packed in final]

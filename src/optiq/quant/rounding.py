@@ -25,9 +25,9 @@ from optiq.models.stream import StreamedModel
 from optiq.models.taps import tapped
 from optiq.numerics.affine import Grid, decode, encode, grouped, pack
 from optiq.numerics.lattice import BITS, find_lattice
+from optiq.quant.grams import GramStore
 from optiq.quant.quantizers import device, gptq, rtn, search
 from optiq.quant.quantizers.base import FloatArray, Inputs, Packed
-from optiq.quant.ratios import GramStore
 
 
 class RoundedModel:

@@ -142,6 +142,7 @@ def _sketched(
             whole = np.zeros((len(tokens), score.s.shape[1]), np.float32)
             whole[first : first + len(score.s)] = score.s
             score.s = np.array(mx.distributed.all_sum(mx.array(whole), group=group))
+            score.sums = np.array(mx.distributed.all_sum(mx.array(score.sums), group=group))
     return scores, tokens[:, 0]
 
 

@@ -5,8 +5,8 @@ For a probe v at the logits with covariance diag(p) - p p^T at every token, the 
 s = <dL/dW, W - Q(W)> of L = sum_t v_t . z_t has E[s^2] = 2 KL, summed over the T tokens of the
 sequence. One backward pass gives dL/dW = g^T x of every matrix, so s for every option.
 
-Passes: F runs the blocks forward, collects Gram matrices and the rounding ratios; H runs the head
-in slices of the vocabulary; B walks the blocks backwards. Each block is a checkpoint.
+Passes: F runs the blocks forward; H runs the head in slices of the vocabulary; B walks the blocks
+backwards and measures what the final rounding changes (`quant.ratios`). Each block is a checkpoint.
 
 Reference: second-order expansion as in HAWQ and GuidedQuant (arXiv 2505.07004); differs: the sum
 over the sequence is kept before squaring, which keeps all cross terms, and no layer is treated
@@ -16,7 +16,6 @@ alone.
 from __future__ import annotations
 
 import dataclasses
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from optiq.artifacts import LATTICE, ModuleInfo, QuantOption, menu, write_atomic
+from optiq.artifacts import LATTICE, ModuleInfo, QuantOption, menu
 from optiq.backend import array_note, is_cpu, load_arrays, mx, save_arrays
 from optiq.configs import MeasureConfig
 from optiq.events import Emit, Progress, StageDone, StageStarted
@@ -34,7 +33,8 @@ from optiq.models.stream import Link, StreamedModel
 from optiq.models.taps import Call, tapped
 from optiq.numerics.affine import Grid, decode, encode, grouped, minmax_grid
 from optiq.numerics.lattice import BITS, Lattice, find_lattice
-from optiq.quant.ratios import GramStore, rounding_ratios
+from optiq.quant.grams import GramStore
+from optiq.quant.ratios import Sampled, rounding_errors, squared_sums
 
 FloatArray = npt.NDArray[np.float32]
 _CHUNK_WEIGHTS = 1 << 19 if is_cpu() else 1 << 23  # cache of a core; launches of a GPU
@@ -48,14 +48,22 @@ class Scores:
     Attributes:
         options: affine options, then the lattice where there is one.
         s: (num_sequences, num_options) float32, <dL/dW, W - Q(W)> for min/max rounding.
-        ratios: (num_options,) weighted error of the final rounding over that of min/max rounding.
+        sums: (2, num_options) float32, s^2 on sampled rows by min/max rounding and by the final
+            one, summed over sequences and rows; zero where nothing was sampled.
         lattice: the grid found in the weights, if any.
     """
 
     options: tuple[QuantOption, ...]
     s: FloatArray
-    ratios: FloatArray
+    sums: FloatArray
     lattice: Lattice | None
+
+    @property
+    def ratios(self) -> FloatArray:
+        """(num_options,) float32, KL of the final rounding over that of min/max rounding."""
+        before, after = self.sums
+        ratios: FloatArray = np.divide(after, before, out=np.ones_like(after), where=before > 0)
+        return ratios
 
 
 def options_of(info: ModuleInfo, lattice: Lattice | None) -> tuple[QuantOption, ...]:
@@ -120,6 +128,19 @@ def _gradients(uses: Sequence[_Use], rows: slice) -> mx.array:
         gradient = g.swapaxes(-1, -2) @ x
         parts.append(gradient.reshape(gradient.shape[0], -1))
     return mx.concatenate(parts)
+
+
+def _add_sums(
+    score: Scores, uses: Sequence[_Use], sampled: Sampled | None, first_row: int = 0
+) -> None:
+    """Add s^2 on the sampled rows, of outputs that begin at `first_row`."""
+    if sampled is None:
+        return
+    for use in uses:
+        for total, part in zip(
+            score.sums, squared_sums(sampled, use.g, use.x, first_row), strict=True
+        ):
+            total[: len(part)] += part
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,19 +217,12 @@ class Sketch:
     def _state_file(self) -> Path:
         return self.work / "state.safetensors"
 
-    def _ratio_file(self, name: str) -> Path:
-        return self.work / f"ratios_{name}.npz"
-
-    def _save_ratios(self, name: str, ratios: dict[str, FloatArray]) -> None:
-        buffer = io.BytesIO()
-        np.savez(buffer, allow_pickle=False, **ratios)
-        write_atomic(self._ratio_file(name), buffer.getvalue())
-
     def _save_state(self, name: str, cotangents: dict[Link, mx.array]) -> None:
         """Everything the backward pass needs to go on below `name`, in one file."""
         arrays = {f"cot.{k.kind}.{k.index}.{k.leaf}": v for k, v in cotangents.items()}
         for path, score in self.scores.items():
             arrays[f"s.{path}"] = mx.array(score.s)
+            arrays[f"sums.{path}"] = mx.array(score.sums)
         save_arrays(self._state_file, arrays, name)
 
     def _load_state(self) -> tuple[str, dict[str, mx.array]]:
@@ -217,14 +231,15 @@ class Sketch:
         return array_note(self._state_file), load_arrays(self._state_file)
 
     def _agree(self) -> None:
-        """Let the processes of a run go on from the same point: the least that all have reached."""
+        """Let the processes of a run go on from the same point, the last that all have reached."""
         if self._group is None:
             return
-        reached = mx.array([self.stream.num_finished(), int(self._state_file.is_file())])
-        least = mx.distributed.all_min(reached, group=self._group)
-        blocks, has_state = (int(n) for n in np.array(least))
-        self.stream.forget(blocks)
-        if not has_state:
+        done, _ = self._load_state()
+        reached = mx.array([self.stream.num_finished(), int(done or -1)])
+        least = np.array(mx.distributed.all_min(reached, group=self._group))
+        most = np.array(mx.distributed.all_max(reached, group=self._group))
+        self.stream.forget(int(least[0]))
+        if least[1] != most[1]:  # a state is overwritten by the next, so there is no going back
             self._state_file.unlink(missing_ok=True)
 
     # -- passes ----------------------------------------------------------------------------------
@@ -249,7 +264,6 @@ class Sketch:
             self._emit(Progress("backward", total - index))
         self._emit(StageDone("backward"))
         self._prologue(cotangents)
-        self._attach_ratios()
         return {info.path: self.scores[info.path] for info in self.source.modules}
 
     def _restore(self, stored: dict[str, mx.array], cotangents: dict[Link, mx.array]) -> None:
@@ -260,7 +274,7 @@ class Sketch:
                 cotangents[Link(origin, int(index), int(leaf))] = value
             else:
                 score = self._empty(self.infos[rest], self._weight(rest))
-                score.s[:] = np.array(value)
+                getattr(score, kind)[:] = np.array(value)
         mx.eval(list(cotangents.values()))
 
     def _weight(self, path: str) -> mx.array:
@@ -273,8 +287,8 @@ class Sketch:
             lattice = find_lattice(weight, self.source.dtype)
             options = options_of(info, lattice)
             s = np.zeros((self.num_sequences, len(options)), np.float32)
-            ones = np.ones(len(options), np.float32)
-            self.scores[info.path] = Scores(options, s, ones, lattice)
+            sums = np.zeros((2, len(options)), np.float32)
+            self.scores[info.path] = Scores(options, s, sums, lattice)
         return self.scores[info.path]
 
     def _forward(self) -> None:
@@ -282,22 +296,9 @@ class Sketch:
         self._emit(StageStarted("forward", total, "blocks"))
 
         def done(index: int, _block: object) -> None:
-            weights = self.source.weights()
-            ratios: dict[str, FloatArray] = {}
-            if self._group is not None:
-                self._grams.gather(self._group)
-            for paths, matrix in self._grams.groups():
-                infos = [self.infos[path] for path in paths]
-                chosen = [weights[f"{path}.weight"] for path in paths]
-                found = rounding_ratios(
-                    infos, chosen, matrix, self.config.rounding, self.source.info.dtype
-                )
-                ratios |= found
-            self._save_ratios(f"{index:04d}", ratios)
-            self._grams.clear()
             self._emit(Progress("forward", index + 1))
 
-        self.stream.forward(self._grams.add, done)
+        self.stream.forward(None, done)
         self._emit(StageDone("forward"))
 
     def _signs(self, row: int, vocab_slice: int, shape: tuple[int, int]) -> mx.array:
@@ -328,6 +329,7 @@ class Sketch:
         center = [b / mx.sqrt(a) for a, b in zip(power, mixed, strict=True)]
         mx.eval(logsum, center)
         pulled = [mx.zeros_like(o) for o in outputs]
+        sampled = self._sampled().get(head.info.path)
         for count, start in enumerate(starts):
             uses: list[_Use] = []
             with head.slice(start, start + _VOCAB_SLICE), tapped(model, "", [head.info]) as taps:
@@ -352,9 +354,8 @@ class Sketch:
                         total[rows] += grad
                     mx.eval(pulled)
                     uses.append(use)
-            self._score_slice(head, start, uses)
+            self._score_slice(head, start, uses, sampled)
             self._emit(Progress("head", len(starts) + count + 1))
-        self._save_ratios("head", self._head_ratios(head))
         self.stream.drop_ends()
         self._emit(StageDone("head"))
         return dict(zip(links, pulled, strict=True))
@@ -393,7 +394,9 @@ class Sketch:
             self._emit(Progress("head", count + 1))
         return top, power, mixed
 
-    def _score_slice(self, head: HeadSlices, start: int, uses: list[_Use]) -> None:
+    def _score_slice(
+        self, head: HeadSlices, start: int, uses: list[_Use], sampled: Sampled | None
+    ) -> None:
         info = head.info
         weight = self._weight(info.path)
         score = self._empty(info, weight)
@@ -402,16 +405,22 @@ class Sketch:
         lattice = score.lattice and _part(score.lattice, slice(start, stop))
         scored = _Scored(score.options, self.source.dtype)
         _accumulate(score.s, part, uses, lattice, scored)
+        _add_sums(score, uses, sampled, start)
 
-    def _head_ratios(self, head: HeadSlices) -> dict[str, FloatArray]:
+    def _sampled(self) -> dict[str, Sampled]:
+        """Rounding errors of the matrices whose inputs were collected, which are then forgotten."""
         if self._group is not None:
             self._grams.gather(self._group)
-        ((_, matrix),) = self._grams.groups()
+        weights = self.source.weights()
+        found: dict[str, Sampled] = {}
+        for paths, matrix in self._grams.groups():
+            infos = [self.infos[path] for path in paths]
+            own = [weights[f"{path}.weight"] for path in paths]
+            found |= rounding_errors(
+                infos, own, matrix, self.config.rounding, self.source.info.dtype
+            )
         self._grams.clear()
-        weight = self._weight(head.info.path)
-        return rounding_ratios(
-            [head.info], [weight], matrix, self.config.rounding, self.source.info.dtype
-        )
+        return found
 
     def _block(self, index: int, cotangents: dict[Link, mx.array]) -> None:
         """Pass B on one block."""
@@ -419,6 +428,7 @@ class Sketch:
         shared: dict[int, mx.array] = {}
 
         def visit(rows: slice, calls: list[Call]) -> None:
+            self._grams.add([call for call in calls if call.g is not None])
             for call in calls:
                 if call.g is None:
                     continue
@@ -432,12 +442,18 @@ class Sketch:
             shared.clear()
 
         self.stream.backward(index, cotangents, visit)
+        sampled = self._sampled()
         weights = self.source.weights()
         for path in list(uses):
-            self._score_module(self.infos[path], weights[f"{path}.weight"], uses.pop(path))
+            weight = weights[f"{path}.weight"]
+            self._score_module(self.infos[path], weight, uses.pop(path), sampled.pop(path, None))
 
     def _score_module(
-        self, info: ModuleInfo, weight: mx.array, calls: list[tuple[int, Call]]
+        self,
+        info: ModuleInfo,
+        weight: mx.array,
+        calls: list[tuple[int, Call]],
+        sampled: Sampled | None = None,
     ) -> None:
         score = self._empty(info, weight)
         scored = _Scored(score.options, self.source.dtype)
@@ -448,6 +464,7 @@ class Sketch:
                 if picked:
                     part = weight[expert].astype(mx.float32)
                     _accumulate(score.s, part, picked, lattice, scored)
+                    _add_sums(score, picked, sampled, expert * info.shape[1])
             return
         uses = []
         for first, call in calls:
@@ -461,6 +478,7 @@ class Sketch:
                 )
             )
         _accumulate(score.s, weight.astype(mx.float32), uses, score.lattice, scored)
+        _add_sums(score, uses, sampled)
 
     def _prologue(self, cotangents: dict[Link, mx.array]) -> None:
         """Pass P: lookups and whatever else is computed before the blocks."""
@@ -501,13 +519,6 @@ class Sketch:
             d = deltas(weight[picked].astype(mx.float32), score.options, lattice, self.source.dtype)
             gradient = mx.zeros((len(used), g.shape[-1])).at[mx.array(position)].add(g[n])
             score.s[rows.start + n] += np.array(d @ gradient.reshape(-1))
-
-    def _attach_ratios(self) -> None:
-        for file in sorted(self.work.glob("ratios_*.npz")):
-            with np.load(file) as stored:
-                for path in stored.files:
-                    score = self.scores[path]
-                    score.ratios[: len(stored[path])] = stored[path]
 
 
 def _part(lattice: Lattice, at: slice | int | mx.array) -> Lattice:

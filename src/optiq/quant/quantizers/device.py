@@ -216,8 +216,8 @@ def sampled_errors(
     gram: FloatArray,
     rounding: Rounding,
     dtype: str,
-) -> tuple[FloatArray, FloatArray]:
-    """Weighted errors of rows at every option, by min/max rounding and by the final one.
+) -> tuple[list[mx.array], list[mx.array]]:
+    """Errors W - Q(W) of rows at every option, by min/max rounding and by the final one.
 
     Args:
         rows: (rows, in) float32.
@@ -227,24 +227,30 @@ def sampled_errors(
         dtype: stored dtype of scales and biases.
 
     Returns:
-        Two float32 arrays (options, rows).
+        Two lists of (rows, in) float32 arrays, one an option.
     """
     w, inputs = mx.array(rows), device_inputs(gram, feedback=rounding == "gptq")
-    before: list[mx.array] = []
-    after: list[mx.array] = []
-    grids = []
+    before, codes, grids = [], [], []
     for option in options:
         groups = grouped(w, option.group_size)
-        for errors, grid in (
-            (before, minmax_grid(groups, option.bits, DTYPES[dtype])),
-            (after, _grid(groups, option, inputs, dtype, rounding)),
-        ):
-            dense = decode(encode(groups, grid, option.bits), grid).reshape(w.shape)
-            errors.append(weighted_error(w, dense, inputs.weighing))
-        grids.append(grid)
-        mx.eval(before[-1], after[-1])
-    if rounding == "search":
-        return np.array(mx.stack(before)), np.array(mx.stack(after))
-    levels = mx.array(np.repeat([2.0**o.bits - 1 for o in options], len(rows)).astype(np.float32))
-    _, squared = assign(mx.tile(w, (len(options), 1)), grids, levels, inputs)
-    return np.array(mx.stack(before)), np.array(squared).reshape(len(options), -1)
+        plain = minmax_grid(groups, option.bits, DTYPES[dtype])
+        dense = decode(encode(groups, plain, option.bits), plain)
+        before.append(w - dense.reshape(w.shape))
+        grids.append(_grid(groups, option, inputs, dtype, rounding))
+        codes.append(encode(groups, grids[-1], option.bits).reshape(w.shape))
+        mx.eval(before[-1], codes[-1], *grids[-1])
+    if rounding == "gptq":
+        bits = np.repeat([option.bits for option in options], len(rows))
+        levels = mx.array((2.0**bits - 1).astype(np.float32))
+        fed, errors = assign(mx.tile(w, (len(options), 1)), grids, levels, inputs)
+        for n, option in enumerate(options):
+            at = slice(n * len(rows), (n + 1) * len(rows))
+            dense = decode(grouped(codes[n], option.group_size), grids[n]).reshape(w.shape)
+            better = errors[at] <= weighted_error(w, dense, inputs.weighing)
+            codes[n] = mx.where(better[:, None], fed[at], codes[n])
+    after = [
+        w - decode(grouped(q, option.group_size), grid).reshape(w.shape)
+        for q, option, grid in zip(codes, options, grids, strict=True)
+    ]
+    mx.eval(after)
+    return before, after
