@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from optiq.artifacts import EvalLog, EvalReport, SubjectInfo
-from optiq.configs import EvalConfig
+from optiq.configs import EvalConfig, RunConfig, ServedConfig
 from optiq.data.benchmarks import BenchmarkData
 from optiq.errors import ArtifactMismatch, OptiqError, UsageError
 from optiq.evals.log import (
@@ -28,12 +28,21 @@ from optiq.evals.log import (
 from optiq.evals.provenance import provenance
 from optiq.evals.report import SIX, finished, report
 from optiq.evals.subjects.base import Answer, Ask, Subject
+from optiq.evals.subjects.opening import open_subject
 from optiq.evals.task import Chat, Choice, Item, Prompt, Response, Score, Task
 from optiq.evals.tasks import TASKS
-from optiq.events import Emit, Notice, Progress, StageDone, StageStarted
+from optiq.events import Emit, Notice, Progress, StageDone, StageStarted, no_emit
 
 REPORT = "report.json"
 _ROOM = 512  # tokens of an answer for which a prompt must leave room, if it may be that long
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Benchmarks of a model: the report, and the directory of the logs it is made from."""
+
+    report: EvalReport
+    logs: Path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +148,8 @@ def evaluate(
     """
     check_folder(folder, subject.info)
     plans = [plan(task, subject, config, data, emit) for task in tasks]
-    announce(plans, subject, emit)
+    for name, text in estimates(plans, subject):
+        emit(Notice(f"{name}: {text}"))
     for each in plans:
         _run(each, subject, folder, emit)
     return write_report(folder, subject.info)
@@ -171,9 +181,7 @@ def write_report(folder: Path, info: SubjectInfo) -> EvalReport:
     return found
 
 
-def plan(
-    task: Task, subject: Subject, config: EvalConfig, data: BenchmarkData, emit: Emit
-) -> Plan:
+def plan(task: Task, subject: Subject, config: EvalConfig, data: BenchmarkData, emit: Emit) -> Plan:
     """Items and prompts of a benchmark for a model.
 
     Items whose prompts are beyond the context of the model are left out, under a version that says
@@ -196,7 +204,8 @@ def plan(
         emit(Notice(f"{task.name}: {out} of {len(items)} items are beyond the model's context"))
         if out == len(items):
             raise UsageError(
-                f"no item of {task.name} fits into the {subject.context} tokens of {subject.info.name}"
+                f"no item of {task.name} fits into the context of {subject.info.name}, "
+                f"{subject.context} tokens; leave it out with --tasks"
             )
     kept = [(i, p) for i, p, fits in zip(items, prompts, fitting, strict=True) if fits]
     samples = _num_samples(task, config, kept[0][1])
@@ -262,9 +271,7 @@ def _check_prompt(task: Task, prompt: Prompt, subject: Subject, config: EvalConf
         form = f"{task.name}_form"
         hints = typing.get_type_hints(EvalConfig)
         can_be_text = form in hints and "text" in typing.get_args(hints[form])
-        hint = (
-            f"give --{task.name}-form text" if can_be_text else "leave it out with --tasks NAME"
-        )
+        hint = f"give --{task.name}-form text" if can_be_text else "leave it out with --tasks NAME"
         raise UsageError(
             f"{task.name} asks in chat form, and {subject.info.name} has no chat template; {hint}, "
             f"or give --tokenizer DIR with one"
@@ -297,13 +304,24 @@ def _key(task: Task, item: Item, sample: int, config: EvalConfig) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
-def announce(plans: Sequence[Plan], subject: Subject, emit: Emit) -> None:
-    """Say how long the runs take at most, where that is known."""
+def estimate(
+    model: Path | None, config: EvalConfig, served: ServedConfig, run: RunConfig
+) -> list[tuple[str, str]]:
+    """Rows of `estimates` for a model; nothing is asked for a score, and nothing is written."""
+    tasks = chosen_tasks(config)
+    subject = open_subject(model, config, served, run)
+    data = BenchmarkData(config.data_dir, run.offline)
+    plans = [plan(task, subject, config, data, no_emit) for task in tasks]
+    return list(estimates(plans, subject))
+
+
+def estimates(plans: Sequence[Plan], subject: Subject) -> Iterator[tuple[str, str]]:
+    """Benchmark, and the number of its answers with the time they take at most, if known."""
     for each in plans:
-        asks = [q.ask for questions in each.rounds(None) for q in questions]
+        asks = [question.ask for asked in each.rounds(None) for question in asked]
         seconds = subject.seconds(asks)
-        if seconds is not None:
-            emit(Notice(f"{each.task.name}: {len(asks):,} answers, at most {_duration(seconds)}"))
+        text = f"{len(asks):,} answers"
+        yield each.task.name, text if seconds is None else f"{text}, at most {_duration(seconds)}"
 
 
 def _duration(seconds: float) -> str:

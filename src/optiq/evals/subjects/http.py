@@ -35,7 +35,7 @@ class Retries:
 
     def wait_s(self, attempt: int, retry_after: str | None) -> float:
         """Seconds to wait after an attempt (from 0): what the server asks for, or more."""
-        own = self.first_wait_s * 2**attempt * (1 + random.random() / 4)  # noqa: S311,NPY002
+        own: float = self.first_wait_s * 2**attempt * (1 + random.random() / 4)
         return min(_MAX_WAIT_S, max(own, _seconds(retry_after)))
 
 
@@ -50,6 +50,10 @@ class Refused(Exception):
     def __init__(self, status: int, reason: str) -> None:
         super().__init__(f"{status}: {reason}")
         self.status, self.reason = status, reason
+
+
+class NotFound(UsageError):
+    """The server has no such path, or no such model."""
 
 
 class Connection:
@@ -88,7 +92,7 @@ class Connection:
 
         Raises:
             Refused: if the server will not do this request (400, 413, 422 and their like).
-            UsageError: if the URL or the key is wrong.
+            UsageError: if the URL or the key is wrong; `NotFound` for a wrong path or model.
             EngineFailure: if there is no usable answer after all attempts.
         """
         return self._ask("POST", path, body)
@@ -131,7 +135,7 @@ class Connection:
                 f"{self.url} refuses the key ({status}: {_words(reply)}); set OPTIQ_API_KEY"
             )
         if status == 404:
-            raise UsageError(
+            raise NotFound(
                 f"{self.url} has no '{path}', or no such model ({_words(reply)}); check --served "
                 f"and --served-model"
             )

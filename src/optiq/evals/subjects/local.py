@@ -257,9 +257,7 @@ class LocalModel:
             options=tuple(ids[cut:] for ids in whole),
         )
 
-    def _shared(
-        self, head: str, alone: tuple[int, ...], whole: Sequence[tuple[int, ...]]
-    ) -> int:
+    def _shared(self, head: str, alone: tuple[int, ...], whole: Sequence[tuple[int, ...]]) -> int:
         """How many ids of the head every sequence begins with; a token of the text is left."""
         if not self._share or not head:
             return 0
@@ -299,11 +297,11 @@ class LocalModel:
                 written.text, num_tokens=written.num_tokens, truncated=written.truncated
             )
             return Answer(response, looped=looped)
-        found = parts(self._tokenizer, job.prompt, written.text, prompt.tools)
+        response, reasoning = parts(self._tokenizer, job.prompt, written.text, prompt.tools)
         response = dataclasses.replace(
-            found.response, num_tokens=written.num_tokens, truncated=written.truncated
+            response, num_tokens=written.num_tokens, truncated=written.truncated
         )
-        return Answer(response, found.reasoning, looped)
+        return Answer(response, reasoning, looped)
 
 
 def _short_hash(template: Any) -> str:  # noqa: ANN401  a text, or texts by name

@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from optiq.evals.subjects.base import Answer
 from optiq.evals.task import Response, ToolCall
 from optiq.upstream import TextStateMachine, TokenizerWrapper, make_text_state_machine
 
@@ -19,7 +18,7 @@ def parts(
     prompt: Sequence[int],
     output: str,
     tools: Sequence[Mapping[str, Any]],
-) -> Answer:
+) -> tuple[Response, str]:
     """Split an output at the markers of its family.
 
     Args:
@@ -29,8 +28,8 @@ def parts(
         tools: the schemas that were offered.
 
     Returns:
-        Text without reasoning. Calls are parsed where functions were offered and the family has a
-        parser; a call that cannot be parsed stays in the text.
+        A response without reasoning, and the reasoning. Calls are parsed where functions were
+        offered and the family has a parser; a call that cannot be parsed stays in the text.
     """
     state = make_text_state_machine(tokenizer).make_state(_initial(tokenizer, prompt))
     state, segments = TextStateMachine.split(state, output)
@@ -43,7 +42,7 @@ def parts(
             for name, piece in segments
             if name != "reasoning"
         )
-        return Answer(Response(text.strip() if reasoning else text), reasoning)
+        return Response(text.strip() if reasoning else text), reasoning
     text = "".join(piece for name, piece in segments if name not in {"reasoning", "tool"})
     calls: list[ToolCall] = []
     for piece in [piece for name, piece in segments if name == "tool"]:
@@ -51,7 +50,7 @@ def parts(
             calls += _calls(tokenizer.tool_parser(piece, list(tools)))
         except _PARSE_ERRORS:
             text += _as_written(tokenizer, piece)
-    return Answer(Response(text.strip(), tuple(calls)), reasoning)
+    return Response(text.strip(), tuple(calls)), reasoning
 
 
 def _initial(tokenizer: TokenizerWrapper, prompt: Sequence[int]) -> str:

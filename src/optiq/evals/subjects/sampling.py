@@ -74,8 +74,8 @@ def sampling_of(model_dir: Path) -> Sampling:
         data = {}
     except (OSError, ValueError) as error:
         raise UsageError(f"{file} cannot be read as JSON: {error}") from None
-    fields = {f.name: f.default for f in dataclasses.fields(Sampling)}
-    given = {name: data[name] for name in fields if data.get(name) is not None}
+    names = [field.name for field in dataclasses.fields(Sampling)]
+    given = {name: data[name] for name in names if data.get(name) is not None}
     if not given or data.get("do_sample") is False:
         raise UsageError(
             f"{model_dir} says nothing of sampling in generation_config.json; leave out "
@@ -84,4 +84,5 @@ def sampling_of(model_dir: Path) -> Sampling:
     numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in given.values())
     if not numbers or given.get("temperature", 1.0) <= 0:
         raise UsageError(f"{file} has sampling settings that cannot be used: {given}")
-    return Sampling(**{name: type(fields[name])(value) for name, value in given.items()})
+    top_k = int(given.pop("top_k", 0))
+    return Sampling(top_k=top_k, **{name: float(value) for name, value in given.items()})

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import hashlib
 import json
 import math
+import queue
 import re
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from optiq.configs import EvalConfig, ServedConfig
 from optiq.errors import EngineFailure, UsageError
 from optiq.evals.loops import ends_in_loop
 from optiq.evals.subjects.base import Answer, Ask
-from optiq.evals.subjects.http import Connection, Refused, Retries
+from optiq.evals.subjects.http import Connection, NotFound, Refused, Retries
 from optiq.evals.task import Chat, Choice, Continuation, Prompt, Response, ToolCall
 
 _THOUGHT = re.compile(r"\A(.*?)</think>\s*", re.DOTALL)
@@ -51,8 +52,8 @@ class ServedModel:
         self._extra: dict[str, Any] = {}
         self._chat = True
         self._thinking: Literal["off", "on", "server"] = "on" if config.thinking else "off"
-        self._probe()
         self._worked = False
+        self._probe()
 
     def _named(self, name: str | None) -> str:
         """The model name to send: the one that was given, or the only one of the server.
@@ -62,20 +63,22 @@ class ServedModel:
         """
         try:
             listed = self._http.get("models").get("data")
-        except (UsageError, Refused) as error:
+        except (NotFound, Refused) as error:
             if name is not None:
-                return name  # many servers have no list
+                return name  # some servers have no list
             raise UsageError(
                 f"{self._http.url} does not list its models ({error}); give --served-model NAME"
             ) from None
         rows = listed if isinstance(listed, list) else []
         names = [str(row["id"]) for row in rows if isinstance(row, dict) and "id" in row]
-        if name is None and len(names) != 1:
+        if name is None and len(names) == 1:
+            return names[0]
+        if name is None or (names and name not in names):
             raise UsageError(
-                f"{self._http.url} has {len(names)} models ({', '.join(names[:5])}); choose with "
-                f"--served-model NAME"
+                f"{self._http.url} has {len(names)} models ({', '.join(names[:5])}); choose one "
+                f"with --served-model, not '{name}'"
             )
-        return name or names[0]
+        return name
 
     def _probe(self) -> None:
         """Find out whether the server takes chat, and the wish about thinking."""
@@ -87,9 +90,7 @@ class ServedModel:
             return
         except Refused as refused:
             problem = str(refused)
-        except UsageError as error:
-            if "no such model" not in str(error):
-                raise
+        except NotFound:
             self._chat = False
             return
         if self._options.thinking:
@@ -132,11 +133,11 @@ class ServedModel:
         """Any number of questions may be asked together."""
         return
 
-    def num_tokens(self, prompt: Prompt) -> None:  # noqa: ARG002  the protocol's
+    def num_tokens(self, prompt: Prompt) -> None:
         """Not known."""
         return
 
-    def seconds(self, asks: Sequence[Ask]) -> None:  # noqa: ARG002  the protocol's
+    def seconds(self, asks: Sequence[Ask]) -> None:
         """Not known before the server was asked."""
         return
 
@@ -170,13 +171,35 @@ class ServedModel:
             UsageError: if it refuses the first ones.
             EngineFailure: if it gives no usable answer.
         """
-        pool = concurrent.futures.ThreadPoolExecutor(self._concurrency)
+        self._worked = False
+        left: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for index in range(len(asks)):
+            left.put(index)
+        ready: queue.SimpleQueue[tuple[int, Answer | BaseException]] = queue.SimpleQueue()
+        stop = threading.Event()
+
+        def work() -> None:
+            while not stop.is_set():
+                try:
+                    index = left.get_nowait()
+                except queue.Empty:
+                    return
+                try:
+                    ready.put((index, self._one(asks[index])))
+                except BaseException as error:  # noqa: BLE001  raised again by the reader
+                    ready.put((index, error))
+
+        # daemons: after an interrupt nobody waits for a slow server
+        for _ in range(min(self._concurrency, len(asks))):
+            threading.Thread(target=work, daemon=True).start()
         try:
-            waiting = {pool.submit(self._one, ask): i for i, ask in enumerate(asks)}
-            for future in concurrent.futures.as_completed(waiting):
-                yield waiting[future], future.result()
+            for _ in asks:
+                index, answer = ready.get()
+                if isinstance(answer, BaseException):
+                    raise answer
+                yield index, answer
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            stop.set()
 
     def _one(self, ask: Ask) -> Answer:
         prompt = ask.prompt
