@@ -30,7 +30,7 @@ class _Eval(ConfigCommand):
         info_name: str | None,
         args: list[str],
         parent: click.Context | None = None,
-        **extra: Any,
+        **extra: Any,  # noqa: ANN401  click's
     ) -> click.Context:
         """As click; `eval show ...` is the context of `show`."""
         shown = self.get_command(None, args[0]) if args else None

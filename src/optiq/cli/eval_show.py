@@ -30,7 +30,7 @@ _RULE = "-" * 72
 @click.option("--looped", is_flag=True, help="Only answers that end in a cycle.")
 @click.option("--limit", type=click.IntRange(min=1), help="At most this many answers.")
 @click.option("--json", "as_json", is_flag=True, help="The records as JSON lines on stdout.")
-def command(logs: Path, limit: int | None, as_json: bool, **wanted: Any) -> None:
+def command(logs: Path, limit: int | None, as_json: bool, **wanted: Any) -> None:  # noqa: ANN401  flags
     """Show answers with their scores; through a pager in a terminal.
 
     LOGS is a directory that optiq eval wrote. Several filters must all hold.
