@@ -79,10 +79,6 @@ class Connection:
             limits=httpx.Limits(max_connections=None),
         )
 
-    def close(self) -> None:
-        """Close the connections."""
-        self._client.close()
-
     def get(self, path: str) -> dict[str, Any]:
         """The JSON object at a path; raises as `post`."""
         return self._ask("GET", path, None)
