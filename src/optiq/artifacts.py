@@ -440,22 +440,6 @@ class Fidelity(Artifact):
 
 
 @dataclasses.dataclass(frozen=True)
-class Speed(Artifact):
-    """Speed of a model directory on one machine (`optiq bench`)."""
-
-    schema: ClassVar[str] = "optiq.speed"
-    model: str
-    prompt_tokens: int
-    new_tokens: int
-    repeats: int
-    prefill_tps: float
-    decode_tps: float
-    peak_memory_bytes: int
-    provenance: Provenance
-    schema_version: int = 1
-
-
-@dataclasses.dataclass(frozen=True)
 class SubjectInfo:
     """What a log tells of the model that answered.
 
@@ -589,6 +573,22 @@ class EvalReport(Artifact):
     bpw: float | None
     benchmarks: dict[str, BenchmarkResult]
     mean: float | None
+    schema_version: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Speed(Artifact):
+    """Speed of a model directory on one machine (`optiq bench`)."""
+
+    schema: ClassVar[str] = "optiq.speed"
+    model: str
+    prompt_tokens: int
+    new_tokens: int
+    repeats: int
+    prefill_tps: float
+    decode_tps: float
+    peak_memory_bytes: int
+    provenance: Provenance
     schema_version: int = 1
 
 
