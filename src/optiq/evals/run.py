@@ -321,7 +321,10 @@ def estimates(plans: Sequence[Plan], subject: Subject) -> Iterator[tuple[str, st
         asks = [question.ask for asked in each.rounds(None) for question in asked]
         seconds = subject.seconds(asks)
         text = f"{len(asks):,} answers"
-        yield each.task.name, text if seconds is None else f"{text}, at most {_duration(seconds)}"
+        yield (
+            each.task.name,
+            text if seconds is None else f"{text}, up to about {_duration(seconds)}",
+        )
 
 
 def _duration(seconds: float) -> str:

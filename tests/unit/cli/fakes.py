@@ -120,7 +120,7 @@ class FakePipeline(types.ModuleType):
 
     def estimate(self, *args: Any) -> Any:
         self._note("estimate", args, {})
-        return [("mmlu", "1,000 answers, at most 5 min")]
+        return [("mmlu", "1,000 answers, up to about 5 min")]
 
     def rival_of(self, *args: Any) -> Path:
         self._note("rival_of", args, {})

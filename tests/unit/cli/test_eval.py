@@ -73,7 +73,7 @@ def test_responses_and_rescore(pipeline):
 
 def test_a_dry_run_asks_for_the_time(pipeline, capsys):
     assert run(["eval", "DIR", "--dry-run", "--tasks", "mmlu"]) == 0
-    assert capsys.readouterr().out == "mmlu  1,000 answers, at most 5 min\n"
+    assert capsys.readouterr().out == "mmlu  1,000 answers, up to about 5 min\n"
     assert [name for name, _, _ in pipeline.calls] == ["estimate"]
 
 

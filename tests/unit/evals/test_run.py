@@ -220,7 +220,7 @@ def test_items_beyond_the_context_are_left_out_under_another_version(tmp_path):
 def test_time_is_estimated_first(tmp_path):
     seen = []
     evaluate(Stub(right), tmp_path, emit=seen.append)
-    assert seen[0] == Notice("sums: 12 answers, at most 6 s")
+    assert seen[0] == Notice("sums: 12 answers, up to about 6 s")
 
 
 def test_a_model_without_a_template_is_refused_with_what_helps(tmp_path):

@@ -37,6 +37,7 @@ from optiq.upstream import dense_float32, load_quantized
 
 _WAVE_BATCHES = 4
 _PROBE_TOKENS = 256
+_LONG_PROBE_TOKENS = 1024
 _PROBE_STEPS = 8
 
 
@@ -173,36 +174,47 @@ class LocalModel:
             yield index, self._read(prompts[index], jobs[number], result)
 
     def seconds(self, asks: Sequence[Ask]) -> float:
-        """Time the questions take if every answer is as long as it may be, from a short probe."""
-        prefill_tps, decode_tps = self._speed
-        prefill, decode, last = 0, 0, None
+        """Time the questions take if every answer is as long as it may be, from a short probe.
+
+        The time of a prompt grows with its length and the square of it.
+        """
+        lengths, decode, last = [], 0, None
         for ask in asks:
             if isinstance(ask.prompt, Choice):
                 tokens = self._choice(ask.prompt)
                 single = all(len(option) == 1 for option in tokens.options)
-                prefill += len(tokens.contexts[0]) * (1 if single else len(tokens.options))
-                prefill += len(tokens.prefix) if tokens.prefix != last else 0
+                lengths += [len(c) for c in tokens.contexts[: 1 if single else None]]
+                lengths += [len(tokens.prefix)] if tokens.prefix != last else []
                 last = tokens.prefix
             else:
-                prefill += len(self._ids(ask.prompt))
+                lengths.append(len(self._ids(ask.prompt)))
                 decode += ask.prompt.max_tokens
-        return prefill / prefill_tps + decode / decode_tps
+        short = self._prefill_s(_PROBE_TOKENS) / _PROBE_TOKENS
+        slope = 0.0
+        if max(lengths) > _LONG_PROBE_TOKENS:
+            long = self._prefill_s(_LONG_PROBE_TOKENS) / _LONG_PROBE_TOKENS
+            slope = max(0.0, long - short) / (_LONG_PROBE_TOKENS - _PROBE_TOKENS)
+        prefill = sum(n * (short + slope * max(0, n - _PROBE_TOKENS)) for n in lengths)
+        return prefill + (decode / self._decode_tps if decode else 0.0)
 
-    @functools.cached_property
-    def _speed(self) -> tuple[float, float]:
-        """Tokens a second of prefill and of decoding a full batch, after a run to warm up."""
-        ids = (self._tokenizer.encode("a b c d e f g h", add_special_tokens=False) * _PROBE_TOKENS)[
-            :_PROBE_TOKENS
-        ]
-        batch = self._options.batch_size
-        self._likelihoods([ChoiceTokens((), (tuple(ids[:2]),), ((ids[0],),))])
+    @functools.lru_cache(maxsize=2)  # noqa: B019  few models live as long as the process
+    def _prefill_s(self, count: int) -> float:
+        """Seconds to read a text of `count` tokens, after a run to warm up."""
+        ids = (self._tokenizer.encode("a b c d e f g h", add_special_tokens=False) * count)[:count]
+        mx.eval(self._model(mx.array([ids[:2]])))
         start = time.perf_counter()
         mx.eval(self._model(mx.array([ids])))
-        prefill = len(ids) / (time.perf_counter() - start)
-        jobs = [Job(tuple(ids[:2]), _PROBE_STEPS) for _ in range(batch)]
+        return time.perf_counter() - start
+
+    @functools.cached_property
+    def _decode_tps(self) -> float:
+        """Tokens a second of a full batch."""
+        ids = tuple(self._tokenizer.encode("a b", add_special_tokens=False))
+        batch = self._options.batch_size
+        jobs = [Job(ids, _PROBE_STEPS) for _ in range(batch)]
         start = time.perf_counter()
         written = [w.num_tokens for _, w in write(self._model, self._tokenizer, jobs, batch, None)]
-        return prefill, sum(written) / (time.perf_counter() - start)
+        return sum(written) / (time.perf_counter() - start)
 
     @functools.cached_property
     def _model(self) -> nn.Module:

@@ -46,7 +46,7 @@ def test_logs_of_other_options_lie_elsewhere(tiny_llama, tmp_path):
     assert more.logs != found.logs
     rows = pipeline.estimate(tiny_llama, config, ServedConfig(), work)
     assert rows[0][0] == "sums"
-    assert rows[0][1].startswith("2 answers, at most ")
+    assert rows[0][1].startswith("2 answers, up to about ")
 
 
 def test_a_url_through_the_spine(tmp_path, monkeypatch):
