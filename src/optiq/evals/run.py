@@ -194,7 +194,7 @@ def plan(task: Task, subject: Subject, config: EvalConfig, data: BenchmarkData, 
     items = list(task.dataset(data, config))
     _check_items(task, items)
     prompts = [_prompt(task, item, config) for item in items]
-    for prompt in prompts[:1]:
+    for prompt in {_kind(prompt): prompt for prompt in prompts}.values():
         _check_prompt(task, prompt, subject, config)
     fitting = [_fits(subject, prompt) for prompt in prompts]
     version = task.full_version(config)
@@ -262,6 +262,17 @@ def _prompt(task: Task, item: Item, config: EvalConfig) -> Prompt:
     if config.max_tokens is not None and not isinstance(prompt, Choice):
         return dataclasses.replace(prompt, max_tokens=config.max_tokens)
     return prompt
+
+
+def _kind(prompt: Prompt) -> tuple[object, ...]:
+    """What decides whether a model can be asked so."""
+    match prompt:
+        case Chat():
+            return (Chat, bool(prompt.tools))
+        case Choice():
+            return (Choice, prompt.chat)
+        case _:
+            return (type(prompt),)
 
 
 def _check_prompt(task: Task, prompt: Prompt, subject: Subject, config: EvalConfig) -> None:

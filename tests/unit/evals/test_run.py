@@ -232,6 +232,20 @@ def test_a_model_without_a_template_is_refused_with_what_helps(tmp_path):
     assert not list(tmp_path.glob("*.jsonl"))
 
 
+def test_every_kind_of_prompt_is_checked_once(tmp_path):
+    def mixed(item, config):
+        n = item.fields["n"]
+        tool = {"type": "function", "function": {"name": "f"}}
+        asked = tasks.chat(item, config)
+        return dataclasses.replace(asked, tools=(tool,)) if n == 7 else asked
+
+    checked = []
+    subject = Stub(right)
+    subject.check = checked.append
+    evaluate(subject, tmp_path, dataclasses.replace(CHAT, solver=mixed))
+    assert sorted(bool(prompt.tools) for prompt in checked) == [False, True]
+
+
 @pytest.mark.parametrize(("template", "form"), [(True, "chat"), (False, "text")])
 def test_auto_takes_the_form_the_model_has(tmp_path, template, form):
     seen = []
