@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from mlx_lm import stream_generate
-from mlx_lm.generate import BatchGenerator, StopSequences, TextStateMachine, make_text_state_machine
+from mlx_lm.generate import BatchGenerator, TextStateMachine, make_text_state_machine
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.sample_utils import (
@@ -36,7 +36,6 @@ _MAX_BLOCKS = 10_000  # a tree of more takes minutes and gigabytes, and no model
 
 __all__ = [
     "BatchGenerator",
-    "StopSequences",
     "SwitchLinear",
     "TextStateMachine",
     "TokenizerWrapper",
