@@ -72,7 +72,11 @@ class Likelihoods:
         for prefix, numbers in itertools.groupby(
             range(len(questions)), key=lambda i: questions[i].prefix
         ):
-            rows = [row for i in numbers for row in _rows(i, questions[i])]
+            # neighbours in length, so that little of a batch is padding
+            rows = sorted(
+                (row for i in numbers for row in _rows(i, questions[i])),
+                key=lambda row: len(row.context),
+            )
             for start in range(0, len(rows), self._batch_size):
                 batch = rows[start : start + self._batch_size]
                 for row, values in zip(batch, self._forward(prefix, batch), strict=True):
