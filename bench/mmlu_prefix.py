@@ -2,9 +2,9 @@
 
     python bench/mmlu_prefix.py MODEL --data-dir DIR [--subjects 3] [--questions 20]
 
-Prints JSON: seconds of the clock and of the processors, with and without, their ratios, and how many
-choices agree. Where others use the machine, look at the processors' time. The exit status is 1
-unless all choices agree.
+Prints JSON: seconds of the clock and of the processors, with and without, their ratios, and how
+many choices agree. Where others use the machine, look at the processors' time. The exit status is
+1 unless all choices agree.
 """
 
 from __future__ import annotations

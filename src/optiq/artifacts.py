@@ -21,6 +21,7 @@ OptionKind = Literal["affine", "lattice", "keep"]
 Method = Literal["fisher", "exact", "static"]
 Rounding = Literal["rtn", "search", "gptq"]
 Scoring = Literal["exact", "ratio", "none"]
+OptionValue = bool | int | str | tuple[str, ...] | None
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
@@ -505,7 +506,7 @@ class EvalLog(Artifact):
     title: str
     version: str
     fingerprint: str
-    options: dict[str, Any]
+    options: dict[str, OptionValue]
     subject: SubjectInfo
     items: str
     prompts: str | None

@@ -10,7 +10,7 @@ import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from optiq.artifacts import EvalLog, EvalReport, SubjectInfo
+from optiq.artifacts import EvalLog, EvalReport, OptionValue, SubjectInfo
 from optiq.configs import EvalConfig, RunConfig, ServedConfig
 from optiq.data.benchmarks import BenchmarkData
 from optiq.errors import ArtifactMismatch, OptiqError, UsageError
@@ -230,11 +230,10 @@ def plan(task: Task, subject: Subject, config: EvalConfig, data: BenchmarkData, 
     return Plan(task, config, questions, with_fingerprint(header))
 
 
-def options_of(config: EvalConfig) -> dict[str, object]:
-    """The options as logs have them: JSON types."""
+def options_of(config: EvalConfig) -> dict[str, OptionValue]:
+    """The options as logs have them: paths as text."""
     fields = dataclasses.asdict(config)
-    options: dict[str, object] = json.loads(json.dumps(fields, default=str))
-    return options
+    return {name: str(v) if isinstance(v, Path) else v for name, v in fields.items()}
 
 
 def _resolved(config: EvalConfig, *, chat: bool) -> EvalConfig:
