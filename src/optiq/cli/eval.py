@@ -33,14 +33,10 @@ class _Eval(ConfigCommand):
         **extra: Any,  # noqa: ANN401  click's
     ) -> click.Context:
         """As click; `eval show ...` is the context of `show`."""
-        shown = self.get_command(None, args[0]) if args else None
-        if shown is not None:
-            return shown.make_context(f"{info_name} {args[0]}", args[1:], parent, **extra)
+        if args[:1] == ["show"]:
+            show = eval_show.command
+            return show.make_context(f"{info_name} show", args[1:], parent, **extra)
         return super().make_context(info_name, args, parent, **extra)
-
-    def get_command(self, _context: click.Context | None, name: str) -> click.Command | None:
-        """The command of that name within the verb."""
-        return eval_show.command if name == "show" else None
 
 
 @click.command(

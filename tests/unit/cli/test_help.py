@@ -10,7 +10,7 @@ import pytest
 from optiq.cli.main import VERBS, command
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "help"
-NAMES = ["optiq", *VERBS, "cache list", "cache clear", "eval show"]
+NAMES = ["optiq", *VERBS, "cache list", "cache clear"]
 
 
 def help_text(name: str) -> str:
