@@ -235,7 +235,7 @@ class BenchmarkData:
         repo_id, commit = file.repo
         source = f"{repo_id}@{commit}/{file.remote}"
         path = hub.fetch_dataset_file(repo_id, file.remote, revision=commit, offline=self.offline)
-        rows = _checked((file.correct(row) for row in read_rows(path)), file, source)
+        rows = tuple(map(file.correct, _checked(read_rows(path), file, source)))
         found = digest(rows)
         if found != file.digest:
             raise EngineFailure(

@@ -83,7 +83,7 @@ _EXAMPLES = "".join(
     for question, working, result in _SHOTS
 )
 
-_SIGN = r"(?<![\w.)\]}%-])-\s?"  # a minus after a number or a bracket takes away
+_SIGN = r"(?<![\w.)\]}%-])-(?!\s)"  # not the minus of `10-4` or `10 - 4`, nor a dash of a list
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
 _NUMBER = re.compile(
     rf"(?P<sign>{_SIGN})?\$?\s?"

@@ -32,7 +32,7 @@ _PUBLISHED_PER_HOP = 25
 _HASH_CHARS = 16
 _LETTERS = string.ascii_lowercase + string.ascii_uppercase
 _MAX_TOKENS = 128
-_FRAME_CHARS = 500  # of the question around the list, rounded up
+_FRAME_CHARS = 500  # of the question around the list and its last chain, rounded up
 
 _HASH = re.compile(rf"(?<![A-Za-z])[A-Za-z]{{{_HASH_CHARS}}}(?![A-Za-z])")
 
@@ -42,7 +42,8 @@ def _dataset(_data: BenchmarkData, config: EvalConfig) -> Sequence[Item]:
     if not lengths:
         raise UsageError(
             f"no HashHop list fits into {config.hashhop_max_chars} characters; the shortest prompt "
-            f"has {min(_all_lengths(config)) + _FRAME_CHARS}: leave hashhop out, or allow more"
+            f"has up to {prompt_chars(_all_lengths(config)[0], config)}: leave hashhop out, or "
+            f"allow more"
         )
     if config.hashhop_published:
         cells = itertools.product(lengths, HOPS, range(_PUBLISHED_PER_HOP))
@@ -59,7 +60,14 @@ def _all_lengths(config: EvalConfig) -> tuple[int, ...]:
 
 def _lengths(config: EvalConfig) -> tuple[int, ...]:
     limit = config.hashhop_max_chars or math.inf
-    return tuple(n for n in _all_lengths(config) if n + _FRAME_CHARS <= limit)
+    return tuple(n for n in _all_lengths(config) if prompt_chars(n, config) <= limit)
+
+
+def prompt_chars(length: int, config: EvalConfig) -> int:
+    """An upper bound of the characters of a prompt with a list of `length` characters."""
+    if config.hashhop_published:  # which counts lines without the newline and the quotes
+        length = math.ceil(length * (2 * _HASH_CHARS + 6) / (2 * _HASH_CHARS + 3))
+    return length + _FRAME_CHARS
 
 
 def _variant(config: EvalConfig) -> str:
@@ -95,8 +103,8 @@ def _generated(seed: int, length: int, hops: int, index: int) -> Item:
 def _published(seed: int, length: int, hops: int, index: int) -> Item:
     """The first query of a problem of the authors' generator, for the seed `1000 seed + index`.
 
-    Its draws: per first step a hash and its successor; then, step by step, successors of all
-    chains; then the order of the lines, then that of the queries.
+    Its draws: per chain the first two hashes; then, step by step, the next hash of all chains; then
+    the order of the lines. Its queries are in the order of the chains.
     """
     legacy = np.random.RandomState(1000 * seed + index)  # the stream that the generator draws from
     shuffler = random.Random(1000 * seed + index)
@@ -115,10 +123,8 @@ def _published(seed: int, length: int, hops: int, index: int) -> Item:
     for step in range(hops):
         quote = "'" if step == hops - 1 else ""  # marks the end of a chain
         lines += [f"{chain[step]} = {quote}{chain[step + 1]}{quote}" for chain in chains]
-    queries = [[chain[0], chain[-1]] for chain in chains]
     shuffler.shuffle(lines)
-    shuffler.shuffle(queries)
-    return _item("published", (seed, length, hops, index), lines, queries[0])
+    return _item("published", (seed, length, hops, index), lines, [chains[0][0], chains[0][-1]])
 
 
 def _solver(item: Item, config: EvalConfig) -> Chat:
