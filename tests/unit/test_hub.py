@@ -507,6 +507,6 @@ def test_a_file_of_a_data_set_that_cannot_be_had(given: dict[str, Any], words: s
 
 
 def test_a_hub_that_fails_to_send_a_file_of_a_data_set(serving: Serving) -> None:
-    serving.hub.refusals["/datasets/"] = (500, {})
+    serving.hub.broken.add("config.json")
     with pytest.raises(EngineFailure, match="status 500; try again later"):
         fetch_file()

@@ -333,7 +333,7 @@ def _checked(rows: Iterator[Row], file: BenchmarkFile, source: str) -> tuple[Row
             if not is_valid(row[column]):
                 raise UsageError(
                     f"{source}: '{column}' of row {number} is {str(row[column])[:60]!r}, which is "
-                    f"not of the benchmark's format; see docs/evaluation.md"
+                    f"not of the benchmark's format; compare the published file"
                 )
         kept.append({column: row[column] for column in file.columns})
     if not kept:

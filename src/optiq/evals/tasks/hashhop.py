@@ -45,13 +45,10 @@ def _dataset(_data: BenchmarkData, config: EvalConfig) -> Sequence[Item]:
             f"has up to {prompt_chars(_all_lengths(config)[0], config)}: leave hashhop out, or "
             f"allow more"
         )
-    if config.hashhop_published:
-        cells = itertools.product(lengths, HOPS, range(_PUBLISHED_PER_HOP))
-        items = [_published(config.seed, *cell) for cell in cells]
-    else:
-        cells = itertools.product(lengths, HOPS, range(_PER_CELL))
-        items = [_generated(config.seed, *cell) for cell in cells]
-    return draw.evenly(items, config.limit)
+    per_cell = _PUBLISHED_PER_HOP if config.hashhop_published else _PER_CELL
+    make = _published if config.hashhop_published else _generated
+    places = list(itertools.product(lengths, HOPS, range(per_cell)))
+    return [make(config.seed, *place) for place in draw.evenly(places, config.limit)]
 
 
 def _all_lengths(config: EvalConfig) -> tuple[int, ...]:
