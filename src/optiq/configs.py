@@ -220,6 +220,9 @@ class EvalConfig:
     hashhop_published: bool = option(
         False, "The 100 HashHop chains of published cards instead of 1,000."
     )
+    hashhop_max_chars: int | None = option(
+        None, "Leave out longer HashHop prompts; default: those beyond the model's context."
+    )
     sampling: Literal["greedy", "model"] = option(
         "greedy", "greedy, or model: the checkpoint's own sampling."
     )
@@ -235,7 +238,7 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be honoured."""
-        for name in ("limit", "seeds", "samples", "max_tokens", "batch_size"):
+        for name in ("limit", "seeds", "samples", "max_tokens", "batch_size", "hashhop_max_chars"):
             _positive(getattr(self, name), "--" + name.replace("_", "-"))
         for name in ("seeds", "samples"):
             if getattr(self, name) > 1 and self.sampling == "greedy":
