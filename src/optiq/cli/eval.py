@@ -73,9 +73,7 @@ class _Eval(ConfigCommand):
     help="Score the answers in a directory of logs again; without MODEL.",
 )
 @output.json_result
-@config_options(
-    EvalConfig, ServedConfig, RunConfig, without=("memory_limit", "revision", "task_file")
-)
+@config_options(EvalConfig, ServedConfig, RunConfig, without=("memory_limit", "revision"))
 def command(  # noqa: PLR0913  flags
     model: Path | None,
     logs: Path | None,

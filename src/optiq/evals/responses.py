@@ -15,6 +15,7 @@ from optiq.artifacts import EvalLog, SubjectInfo, write_atomic
 from optiq.configs import EvalConfig, RunConfig
 from optiq.data.benchmarks import BenchmarkData
 from optiq.errors import ArtifactMismatch, UsageError
+from optiq.evals.exact import from_file
 from optiq.evals.log import (
     ItemRecord,
     RunLog,
@@ -34,6 +35,7 @@ from optiq.evals.run import (
     chosen_tasks,
     options_of,
     score_of,
+    version_of,
     write_report,
 )
 from optiq.evals.task import Chat, Item, Response, Task, ToolCall
@@ -65,7 +67,8 @@ def response_file(path: Path, config: EvalConfig, *, partial: bool = False) -> R
     Raises:
         UsageError: if they name none or several.
     """
-    tasks = chosen_tasks(config) if config.tasks else []
+    named = config.tasks or config.task_file
+    tasks = chosen_tasks(config) if named else []
     if len(tasks) != 1:
         raise UsageError("--responses is a file for one benchmark; name it with --tasks NAME")
     return ResponseFile(path, tasks[0], partial)
@@ -113,7 +116,7 @@ def score_responses(
     for line in recorded:
         keys.append((line.id, samples[line.id]))
         samples[line.id] += 1
-    header = _header(file, config, [item for id_, item in items.items() if id_ in samples])
+    header = _header(file, config, data, [item for id_, item in items.items() if id_ in samples])
     if len(samples) < len(items):
         header = dataclasses.replace(header, version=f"{header.version}+partial")
     header = with_fingerprint(header)
@@ -235,12 +238,15 @@ def _check_forms(
         )
 
 
-def _header(file: ResponseFile, config: EvalConfig, items: Sequence[Item]) -> EvalLog:
+def _header(
+    file: ResponseFile, config: EvalConfig, data: BenchmarkData, items: Sequence[Item]
+) -> EvalLog:
     """The header of a log of recorded responses; how they were asked is not known."""
+    variant = data.variant(file.task.files)
     return EvalLog(
         task=file.task.name,
         title=file.task.title,
-        version=f"{file.task.version}+responses",
+        version="+".join([file.task.version, *filter(None, [variant]), "responses"]),
         fingerprint="",
         options=options_of(config),
         subject=SubjectInfo(
@@ -281,7 +287,7 @@ def rescore(
         for name, header in headers.items()
     }
     for name, old in configs.items():
-        check_execution([TASKS.get(name)], old)
+        check_execution([_task(name, old)], old)
     for name, header in headers.items():
         data = BenchmarkData(config.data_dir or configs[name].data_dir, offline)
         _rescore(folder, header, configs[name], data, emit)
@@ -303,7 +309,7 @@ def _config(header: EvalLog, folder: Path) -> EvalConfig:
 def _rescore(
     folder: Path, header: EvalLog, config: EvalConfig, data: BenchmarkData, emit: Emit
 ) -> None:
-    task = TASKS.get(header.task)
+    task = _task(header.task, config)
     records = read_records(records_path(folder, header.task))
     items = _answered_items(task, header, records, config, data)
     scored = []
@@ -314,16 +320,24 @@ def _rescore(
         scored.append(record)
     text = "".join(record.to_line() + "\n" for record in scored)
     write_atomic(records_path(folder, task.name), text.encode())
-    renewed = with_fingerprint(dataclasses.replace(header, version=_version(task, header, config)))
+    version = _version(task, header, config, data)
+    renewed = with_fingerprint(dataclasses.replace(header, version=version))
     finished(renewed, scored).save(header_path(folder, task.name))
 
 
-def _version(task: Task, header: EvalLog, config: EvalConfig) -> str:
+def _task(name: str, config: EvalConfig) -> Task:
+    """The benchmark of a log, or the user's own items."""
+    own = from_file(config.task_file).task if config.task_file is not None else None
+    return own if own is not None and own.name == name else TASKS.get(name)
+
+
+def _version(task: Task, header: EvalLog, config: EvalConfig, data: BenchmarkData) -> str:
     """The version of the task as it is now, with what a log adds to it."""
     words = header.version.split("+")
     added = [w for w in words if w in {"responses", "partial"} or w.startswith("context")]
-    now = task.version if "responses" in added else task.full_version(config)
-    return "+".join([now, *added])
+    if "responses" not in added:
+        return "+".join([version_of(task, config, data), *added])
+    return "+".join([task.version, *filter(None, [data.variant(task.files)]), *added])
 
 
 def _answered_items(

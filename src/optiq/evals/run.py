@@ -13,7 +13,8 @@ from pathlib import Path
 from optiq.artifacts import EvalLog, EvalReport, OptionValue, SubjectInfo
 from optiq.configs import EvalConfig, RunConfig, ServedConfig
 from optiq.data.benchmarks import BenchmarkData
-from optiq.errors import ArtifactMismatch, OptiqError, UsageError
+from optiq.errors import ArtifactMismatch, UsageError
+from optiq.evals.exact import from_file
 from optiq.evals.log import (
     ItemRecord,
     RunLog,
@@ -92,8 +93,10 @@ def _beginning(prompt: Prompt) -> str:
     return prompt.shared if isinstance(prompt, Choice) else ""
 
 
-def chosen_tasks(config: EvalConfig) -> list[Task]:
-    """The benchmarks that `--tasks` names: words or lists with commas; `all` and nothing mean six.
+def chosen_tasks(config: EvalConfig, emit: Emit = no_emit) -> list[Task]:
+    """The benchmarks that `--tasks` names: words or lists with commas; `all` means six.
+
+    Without any it is the six, or the file of `--task-file` alone.
 
     Raises:
         UsageError: for a name that does not exist, and for one that runs code of the model without
@@ -101,7 +104,14 @@ def chosen_tasks(config: EvalConfig) -> list[Task]:
     """
     words = [word.strip() for text in config.tasks for word in text.split(",")]
     names = [name for word in words if word for name in (SIX if word == "all" else (word,))]
-    tasks = [TASKS.get(name) for name in dict.fromkeys(names or SIX)]
+    if config.task_file is None:
+        names = names or list(SIX)
+    tasks = [TASKS.get(name) for name in dict.fromkeys(names)]
+    if config.task_file is not None:
+        own = from_file(config.task_file)
+        tasks.append(own.task)
+        for reason, count in own.skipped.items():
+            emit(Notice(f"{own.task.name}: {count} items are left out: {reason}", "warning"))
     check_execution(tasks, config)
     return tasks
 
@@ -197,7 +207,7 @@ def plan(task: Task, subject: Subject, config: EvalConfig, data: BenchmarkData, 
     for prompt in {_kind(prompt): prompt for prompt in prompts}.values():
         _check_prompt(task, prompt, subject, config)
     fitting = [_fits(subject, prompt) for prompt in prompts]
-    version = task.full_version(config)
+    version = version_of(task, config, data)
     if not all(fitting):
         out = len(items) - sum(fitting)
         version += f"+context{subject.context}"
@@ -228,6 +238,12 @@ def plan(task: Task, subject: Subject, config: EvalConfig, data: BenchmarkData, 
         provenance=provenance(),
     )
     return Plan(task, config, questions, with_fingerprint(header))
+
+
+def version_of(task: Task, config: EvalConfig, data: BenchmarkData) -> str:
+    """Version and variant of the task, and of its files where they are not the published ones."""
+    variant = data.variant(task.files)
+    return task.full_version(config) + (f"+{variant}" if variant else "")
 
 
 def options_of(config: EvalConfig) -> dict[str, OptionValue]:
@@ -388,19 +404,16 @@ def _record(plan: Plan, question: _Question, answer: Answer) -> ItemRecord:
 
 
 def score_of(task: Task, item: Item, response: Response, config: EvalConfig) -> Score:
-    """The score of a response; null, with the reason, where the scorer itself fails.
+    """The score of a response; null, with the reason, where what the scorer gives is no score.
 
     Raises:
         OptiqError: if the scorer says what the user or the machine lacks.
     """
+    score = task.score(item, response, config)
+    if score.value is not None and not 0 <= score.value <= 1:
+        return Score(None, detail={"failure": f"the scorer gives {score.value}, not 0 to 1"})
     try:
-        score = task.scorer(item, response, config)
         json.dumps([score.parsed, dict(score.detail)], allow_nan=False)
-        if score.value is not None and not 0 <= score.value <= 1:
-            raise ValueError(f"a score of {score.value}")
-    except OptiqError:
-        raise
-    except Exception as error:  # noqa: BLE001  a scorer may be a plug-in, and meets any text
-        reason = " ".join(str(error).split()) or "no message"
-        return Score(None, detail={"failure": f"scorer: {type(error).__name__}: {reason}"})
+    except (TypeError, ValueError) as error:
+        return Score(None, detail={"failure": f"the scorer gives what is no JSON: {error}"})
     return score

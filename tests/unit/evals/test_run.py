@@ -11,6 +11,7 @@ from optiq.data.benchmarks import BenchmarkData
 from optiq.errors import ArtifactMismatch, EngineFailure, UsageError
 from optiq.evals import run
 from optiq.evals.log import read_records
+from optiq.evals.responses import rescore
 from optiq.evals.subjects.base import Answer
 from optiq.evals.task import Response, Score, Task
 from optiq.events import Notice, Progress, no_emit
@@ -81,7 +82,7 @@ def test_a_scorer_that_breaks_gives_null_and_no_score(tmp_path):
     assert (result.score, result.se, result.ci95, result.num_null) == (None, None, None, 3)
     row = lines(tmp_path)[3]
     assert row["score"] is None
-    assert row["failure"] == "scorer: RuntimeError: the checker broke"
+    assert row["failure"] == "RuntimeError: the checker broke"
     assert row["output"] == "4"
     again = Stub(right)
     report = evaluate(again, tmp_path, CHAT)
@@ -316,3 +317,25 @@ def test_an_engine_failure_keeps_what_was_answered(tmp_path):
     assert len(read_records(tmp_path / "sums.jsonl")) == 9
     assert not EvalLog.load(tmp_path / "sums.json").complete
     assert not (tmp_path / "report.json").exists()
+
+
+def test_a_file_of_items_is_a_benchmark(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "TASKS", Known())
+    path = tmp_path / "mine.jsonl"
+    turn = {"role": "user", "content": "1 + 1?"}
+    image = {"role": "user", "content": [{"type": "image"}]}
+    rows = [
+        {"id": "a", "answer": "2", "messages": [turn]},
+        {"id": "b", "answer": "3", "messages": [turn]},
+        {"id": "c", "answer": "3", "messages": [image]},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config, notices = EvalConfig(task_file=path), []
+    chosen = run.chosen_tasks(config, notices.append)
+    assert [task.name for task in chosen] == ["file-mine"]
+    assert "1 items are left out: has images" in notices[0].text
+    both = dataclasses.replace(config, tasks=("sums",))
+    assert [task.name for task in run.chosen_tasks(both)] == ["sums", "file-mine"]
+    report = evaluate(Stub(lambda _: Response(" 2\n")), tmp_path / "logs", chosen, config)
+    assert report.benchmarks["file-mine"].score == 0.5
+    assert rescore(tmp_path / "logs", config).report == report

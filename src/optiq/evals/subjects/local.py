@@ -293,9 +293,8 @@ class LocalModel:
             return self._encoded(prompt.text)
         messages = [dict(message) for message in prompt.messages]
         tools = [dict(tool) for tool in prompt.tools]
-        return self._encoded(
-            question(self._tokenizer, messages, tools, thinking=self._options.thinking)
-        )
+        thinking = self._options.thinking if prompt.thinking is None else prompt.thinking
+        return self._encoded(question(self._tokenizer, messages, tools, thinking=thinking))
 
     def _job(self, ask: Ask) -> Job:
         prompt = ask.prompt

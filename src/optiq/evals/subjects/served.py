@@ -232,6 +232,12 @@ class ServedModel:
 
     def _reply(self, prompt: Chat, key: int) -> Answer:
         body = self._settings(prompt.max_tokens, key) | self._extra
+        if prompt.thinking is not None:
+            if not self._extra:
+                raise UsageError(
+                    f"{self._http.url} cannot be told whether to think, which an item asks for"
+                )
+            body["chat_template_kwargs"] = {"enable_thinking": prompt.thinking}
         body["messages"] = [dict(message) for message in prompt.messages]
         if prompt.tools:
             body["tools"] = [dict(tool) for tool in prompt.tools]
