@@ -21,6 +21,7 @@ OptionKind = Literal["affine", "lattice", "keep"]
 Method = Literal["fisher", "exact", "static"]
 Rounding = Literal["rtn", "search", "gptq"]
 Scoring = Literal["exact", "ratio", "none"]
+OptionValue = bool | int | str | tuple[str, ...] | None
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
@@ -436,6 +437,143 @@ class Fidelity(Artifact):
     size_bytes: int
     by_domain: tuple[DomainFidelity, ...]
     provenance: Provenance
+    schema_version: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class SubjectInfo:
+    """What a log tells of the model that answered.
+
+    Attributes:
+        kind: `local` (a directory, in process), `served` (a URL) or `responses` (a file).
+        name: the directory, the model name at the URL, or the file.
+        fingerprint: hash over the files of the model, or over where the answers came from.
+        size_bytes: bytes of `model*.safetensors`; None where they are not known.
+        bpw: stored bits per weight; None where it is not known.
+        source: what a directory of ours was made from, else None.
+        bos: token put in front of raw text; None for none.
+        template: hash of the chat template; None for none.
+        stop: tokens that end an answer.
+        thinking: `off`, `on`, or `server` where only the server knows.
+        sampling: `greedy`, or the settings of the checkpoint's own sampling.
+        batch_size: sequences computed together, which answers depend on at rounding level; None
+            where it is not known.
+    """
+
+    kind: Literal["local", "served", "responses"]
+    name: str
+    fingerprint: str
+    size_bytes: int | None = None
+    bpw: float | None = None
+    source: str | None = None
+    bos: str | None = None
+    template: str | None = None
+    stop: tuple[str, ...] = ()
+    thinking: Literal["off", "on", "server"] = "off"
+    sampling: str = "greedy"
+    batch_size: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalLog(Artifact):
+    """The header of one benchmark's log; the records are in `<task>.jsonl` beside it.
+
+    Attributes:
+        task: name of the benchmark.
+        title: its name on a card.
+        version: version and variant of the task; logs of two versions are not compared.
+        fingerprint: hash of all that the records depend on; a run goes on where it is the same.
+        options: the options of the run, by field of `EvalConfig`.
+        subject: the model.
+        items: hash of the items.
+        prompts: hash of the prompts, in order; None where answers came from elsewhere.
+        num_items: items that were asked.
+        num_samples: answers wanted for each of them; 0 where that differs.
+        complete: every answer is there and scored, if perhaps with null.
+        score_percent: mean over items of the mean over an item's answers; None before the end, and
+            where the harness failed on an item.
+        se_percent: its standard error, clustered by item.
+        num_answers: records.
+        num_truncated: answers cut by the limit of tokens.
+        num_looped: answers that end in a cycle.
+        num_null: answers that the harness failed to get or to score.
+        pass_at: `k` -> estimate of pass@k as a fraction, where an item has several answers.
+        provenance: versions and machine.
+    """
+
+    schema: ClassVar[str] = "optiq.eval_log"
+    task: str
+    title: str
+    version: str
+    fingerprint: str
+    options: dict[str, OptionValue]
+    subject: SubjectInfo
+    items: str
+    prompts: str | None
+    num_items: int
+    num_samples: int
+    provenance: Provenance
+    complete: bool = False
+    score_percent: float | None = None
+    se_percent: float | None = None
+    num_answers: int = 0
+    num_truncated: int = 0
+    num_looped: int = 0
+    num_null: int = 0
+    pass_at: dict[str, float] = dataclasses.field(default_factory=dict)
+    schema_version: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchmarkResult:
+    """One row of a report; fractions, 0..1.
+
+    Attributes:
+        title: the benchmark's name on a card.
+        version: version and variant of the task.
+        score: None where the harness failed on an item.
+        n: items.
+        se: standard error of `score`, clustered by item.
+        ci95: Wilson interval where every item is right or wrong, else from the t distribution.
+        truncated: share of answers cut by the limit of tokens.
+        looped: share of answers that end in a cycle.
+        num_null: answers that the harness failed to get or to score.
+        pass_at: `k` -> pass@k, where an item has several answers.
+    """
+
+    title: str
+    version: str
+    score: float | None
+    n: int
+    se: float | None
+    ci95: tuple[float, float] | None
+    truncated: float
+    looped: float
+    num_null: int
+    pass_at: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalReport(Artifact):
+    """What the logs of one model say.
+
+    Attributes:
+        model: its name.
+        source: what it was made from, if that is known.
+        size_bytes: bytes of `model*.safetensors`; None where they are not known.
+        bpw: stored bits per weight; None where it is not known.
+        benchmarks: results by name of the benchmark.
+        mean: mean score of the six as a fraction, the Capability Score; None unless all are there,
+            whole and without failures of the harness.
+    """
+
+    schema: ClassVar[str] = "optiq.eval_report"
+    model: str
+    source: str | None
+    size_bytes: int | None
+    bpw: float | None
+    benchmarks: dict[str, BenchmarkResult]
+    mean: float | None
     schema_version: int = 1
 
 

@@ -220,6 +220,9 @@ class EvalConfig:
     hashhop_published: bool = option(
         False, "The 100 HashHop chains of published cards instead of 1,000."
     )
+    hashhop_max_chars: int | None = option(
+        None, "Leave out longer HashHop prompts; default: those beyond the model's context."
+    )
     sampling: Literal["greedy", "model"] = option(
         "greedy", "greedy, or model: the checkpoint's own sampling."
     )
@@ -235,10 +238,33 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be honoured."""
-        for name in ("limit", "seeds", "samples", "max_tokens", "batch_size"):
+        for name in ("limit", "seeds", "samples", "max_tokens", "batch_size", "hashhop_max_chars"):
             _positive(getattr(self, name), "--" + name.replace("_", "-"))
         for name in ("seeds", "samples"):
             if getattr(self, name) > 1 and self.sampling == "greedy":
                 raise UsageError(
                     f"--{name} {getattr(self, name)} needs --sampling model: greedy answers repeat"
                 )
+
+
+@dataclasses.dataclass(frozen=True)
+class ServedConfig:
+    """A model behind an OpenAI-compatible URL, in place of a directory."""
+
+    served: str | None = option(
+        None, "OpenAI-compatible URL of the model, e.g. http://localhost:8080/v1.", metavar="URL"
+    )
+    served_model: str | None = option(
+        None, "Name of the model at the URL; default: the only one there.", metavar="NAME"
+    )
+    concurrency: int = option(8, "Requests in flight at a time.")
+    timeout: float = option(600.0, "Seconds to wait for an answer before it is asked for again.")
+
+    def __post_init__(self) -> None:
+        """Refuse options of a URL without one."""
+        _positive(self.concurrency, "--concurrency")
+        _positive(self.timeout, "--timeout")
+        if self.served is None and self.served_model is not None:
+            raise UsageError("--served-model names a model at --served URL; give the URL")
+        if self.served is not None and not re.match(r"https?://[^/\s]+", self.served):
+            raise UsageError(f"--served '{self.served}' is no http:// or https:// URL")

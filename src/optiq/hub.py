@@ -1,4 +1,4 @@
-"""The one door to the hub: model repositories -> snapshot directories in its cache."""
+"""The one door to the hub: models and single files of data sets -> paths in its cache."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ from huggingface_hub import (
     HfApi,
     constants,
     get_token,
+    hf_hub_download,
     is_offline_mode,
     snapshot_download,
     try_to_load_from_cache,
 )
 from huggingface_hub.errors import (
     DisabledRepoError,
+    EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
     LocalEntryNotFoundError,
@@ -106,6 +108,46 @@ def fetch(repo_id: str, *, revision: str | None, offline: bool, emit: Emit) -> t
         else:
             folder = _download(repo_id, revision, endpoint, emit)
     return Path(folder), Path(folder).name
+
+
+def fetch_dataset_file(repo_id: str, name: str, *, revision: str, offline: bool) -> Path:
+    """Make sure that one file of a data set is in the hub's cache.
+
+    Args:
+        repo_id: `organization/name` of the data set.
+        name: path of the file in the repository.
+        revision: branch, tag or commit.
+        offline: use the cache alone.
+
+    Returns:
+        Where the file is.
+
+    Raises:
+        UsageError: if the repository, the revision, the file or access to it is missing, or it is
+            not in the cache and `offline` or HF_HUB_OFFLINE is set.
+        EngineFailure: if the disk cannot hold it, or the hub fails or cannot be reached.
+    """
+    endpoint = (settings.load().hub_endpoint or constants.ENDPOINT).rstrip("/")
+    offline = offline or is_offline_mode()
+    with _explained(f"datasets/{repo_id}", revision, endpoint, offline):
+        try:
+            path = hf_hub_download(
+                repo_id,
+                name,
+                repo_type="dataset",
+                revision=revision,
+                endpoint=endpoint,
+                local_files_only=offline,
+                tqdm_class=_silent_bar(lambda _: None),
+            )
+        except LocalEntryNotFoundError:  # a kind of the next: the cache lacks it, not the hub
+            raise
+        except EntryNotFoundError:
+            raise UsageError(
+                f"datasets/{repo_id} has no file '{name}' at revision '{revision}'; give the "
+                f"benchmark files with --data-dir"
+            ) from None
+    return Path(path)
 
 
 def _download(repo_id: str, revision: str | None, endpoint: str, emit: Emit) -> str:

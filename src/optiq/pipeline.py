@@ -28,16 +28,23 @@ from optiq.configs import (
     AllocateConfig,
     BenchConfig,
     ConvertConfig,
+    EvalConfig,
     JudgeConfig,
     MeasureConfig,
     RunConfig,
+    ServedConfig,
 )
+from optiq.data.benchmarks import BenchmarkData
 from optiq.data.calibration import Record, Windows, builtin_records, read_records, windows
 from optiq.data.chat import prompt as chat_prompt
 from optiq.errors import ArtifactMismatch, TargetMissed, UsageError
 from optiq.evals import bench as speed
+from optiq.evals import run as benchmarks
 from optiq.evals.fidelity import judge_many
 from optiq.evals.provenance import provenance
+from optiq.evals.responses import rescore, response_file, score_responses
+from optiq.evals.run import Evaluation, estimate
+from optiq.evals.subjects.opening import open_subject
 from optiq.events import Emit, Notice, StageDone, no_emit
 from optiq.models.load import Source, load_tokenizer, open_source, read_config, size_on_disk
 from optiq.preflight import Preflight, preflight
@@ -48,9 +55,10 @@ from optiq.quant.directory import check_output, finished_directory
 from optiq.quant.rounding import RoundedModel
 from optiq.quant.sensitivity import EFFORTS, measure_table
 from optiq.upstream import dense_float32, generate_text, load_quantized
-from optiq.work import digest, work_directory
+from optiq.work import digest, work_directory, work_root
 
 __all__ = [
+    "Evaluation",
     "Preflight",
     "Release",
     "Rival",
@@ -58,10 +66,16 @@ __all__ = [
     "baseline",
     "bench",
     "convert",
+    "estimate",
+    "evaluate",
     "generate",
     "judge",
     "measure",
     "preflight",
+    "rescore",
+    "response_file",
+    "rival_of",
+    "score_responses",
 ]
 
 _MEASURE_VERSION = 1
@@ -417,6 +431,52 @@ def baseline(
 def bench(model: Path, config: BenchConfig | None = None, emit: Emit = no_emit) -> Speed:
     """Prefill and decode speed of a model directory; see `evals.bench.bench`."""
     return speed.bench(model, config or BenchConfig(), emit)
+
+
+def evaluate(
+    model: Path | None,
+    logs: Path | None = None,
+    *,
+    config: EvalConfig | None = None,
+    served: ServedConfig | None = None,
+    run: RunConfig | None = None,
+    emit: Emit = no_emit,
+) -> Evaluation:
+    """Run benchmarks on a model directory or URL, or go on where a run was killed.
+
+    Args:
+        model: an MLX model directory; None for the model at `served`.
+        logs: directory of logs; default: in the work directory, by model and options.
+        config: benchmarks, and how they are asked.
+        served: the URL, in place of a directory.
+        run: work directory, tokenizer.
+        emit: receives progress.
+
+    Raises:
+        UsageError: if data are missing, or the model cannot be asked what the benchmarks ask.
+        EngineFailure: if the machine or the server fails; what was answered is kept.
+    """
+    config, run = config or EvalConfig(), run or RunConfig()
+    tasks = benchmarks.chosen_tasks(config, emit)
+    subject = open_subject(model, config, served or ServedConfig(), run)
+    key = digest(subject.info.fingerprint, dataclasses.replace(config, tasks=()))
+    logs = logs or work_root(run) / f"eval-{key}"
+    data = BenchmarkData(config.data_dir, run.offline)
+    return Evaluation(benchmarks.evaluate(subject, tasks, config, data, logs, emit), logs)
+
+
+def rival_of(model: Path, run: RunConfig | None = None, emit: Emit = no_emit) -> Path:
+    """The uniform rival of a model of ours, in the work directory; made if it is not there.
+
+    Raises:
+        UsageError: if the model does not say what it was made from, or that is gone.
+    """
+    run = run or RunConfig()
+    source = _own_source(model, run, emit)
+    out = work_directory(source, run) / f"rival-{size_on_disk(model)}"
+    if not out.is_dir():
+        uniform.write_uniform(source, uniform.pick_uniform(source, size_on_disk(model)), out, emit)
+    return out
 
 
 def generate(

@@ -23,6 +23,7 @@ class Settings:
             library to load.
         offline_words: names and values of `OPTIQ_OFFLINE` and `HF_HUB_OFFLINE`; see `offline`.
         hub_endpoint: `HF_ENDPOINT`; another hub, for instance a mirror.
+        served_key: `OPTIQ_API_KEY`; sent to the URL of `optiq eval --served`.
         debug: `OPTIQ_DEBUG` is set to anything but a false value; the command line shows
             tracebacks.
     """
@@ -32,6 +33,7 @@ class Settings:
     offline_words: tuple[tuple[str, str], ...]
     hub_endpoint: str | None
     debug: bool
+    served_key: str | None = dataclasses.field(default=None, repr=False)
 
     @property
     def offline(self) -> bool:
@@ -67,4 +69,5 @@ def load() -> Settings:
         ),
         hub_endpoint=os.environ.get("HF_ENDPOINT") or None,
         debug=os.environ.get("OPTIQ_DEBUG", "").strip().lower() not in _FALSE,
+        served_key=os.environ.get("OPTIQ_API_KEY") or None,
     )

@@ -68,7 +68,7 @@ class StandIn:
         for start, (status, headers) in self.refusals.items():
             if path.startswith(start):
                 return _send(handler, status, headers)
-        parts = path.strip("/").split("/")
+        parts = path.strip("/").removeprefix("datasets/").split("/")
         if parts[:2] == ["api", "models"]:
             return self._api("/".join(parts[2:4]), parts[4:], handler)
         return self._file("/".join(parts[:2]), parts[3], "/".join(parts[4:]), handler)
@@ -90,7 +90,11 @@ class StandIn:
         return _send(handler, 200, {}, json.dumps(info).encode())
 
     def _file(self, repo: str, revision: str, name: str, handler: BaseHTTPRequestHandler) -> None:
-        if repo != REPO or name not in self.files:
+        if repo != REPO:
+            return _send(handler, 404, {"X-Error-Code": "RepoNotFound"})
+        if revision not in self.revisions:
+            return _send(handler, 404, {"X-Error-Code": "RevisionNotFound"})
+        if name not in self.files:
             return _send(handler, 404, {"X-Error-Code": "EntryNotFound"})
         data = self.files[name]
         headers = {
@@ -457,3 +461,52 @@ def test_what_is_no_hub_id(text: str) -> None:
     assert not hub.looks_like_repo_id(text)
     with pytest.raises(UsageError, match="is no hub id"):
         hub.fetch(text, revision=None, offline=True, emit=no_emit)
+
+
+def fetch_file(
+    name: str = "config.json",
+    *,
+    repo: str = REPO,
+    revision: str = COMMIT,
+    offline: bool = False,
+) -> Path:
+    return hub.fetch_dataset_file(repo, name, revision=revision, offline=offline)
+
+
+def test_a_file_of_a_data_set_is_downloaded_once(
+    serving: Serving, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = fetch_file("onnx/model.safetensors")
+    assert path.read_bytes() == FILES["onnx/model.safetensors"]
+    assert path.name == "model.safetensors"
+    assert serving.hub.gets() == ["model.safetensors"]
+    assert all(path.startswith(f"/datasets/{REPO}/") for _, path, _ in serving.hub.requests)
+    serving.hub.requests.clear()
+    assert fetch_file("onnx/model.safetensors") == path
+    assert fetch_file("onnx/model.safetensors", offline=True) == path
+    assert serving.hub.requests == []  # a commit never changes
+    captured = capfd.readouterr()
+    assert (captured.out, captured.err) == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"name": "nothing.json"}, f"datasets/{REPO} has no file 'nothing.json' at revision 'aaa"),
+        ({"repo": "org/other"}, "there is no .*/datasets/org/other"),
+        ({"revision": "c" * 40}, f"datasets/{REPO} has no revision 'ccc"),
+        ({"offline": True}, f"datasets/{REPO} at revision 'aaa.* is not, or not wholly, in the"),
+    ],
+)
+@pytest.mark.usefixtures("serving")
+def test_a_file_of_a_data_set_that_cannot_be_had(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError, match=words) as caught:
+        fetch_file(**given)
+    assert str(caught.value).isprintable()
+    assert caught.value.__cause__ is None
+
+
+def test_a_hub_that_fails_to_send_a_file_of_a_data_set(serving: Serving) -> None:
+    serving.hub.broken.add("config.json")
+    with pytest.raises(EngineFailure, match="status 500; try again later"):
+        fetch_file()

@@ -12,6 +12,7 @@ NAMES = (
     "OPTIQ_BLAS",
     "OPTIQ_OFFLINE",
     "OPTIQ_DEBUG",
+    "OPTIQ_API_KEY",
     "HF_HUB_OFFLINE",
     "HF_ENDPOINT",
     "XDG_CACHE_HOME",
@@ -43,6 +44,12 @@ def test_defaults(load, tmp_path):
         debug=False,
     )
     assert found.offline is False
+
+
+def test_the_key_of_a_server_is_never_shown(load):
+    found = load(OPTIQ_API_KEY="secret")
+    assert found.served_key == "secret"
+    assert "secret" not in repr(found)
 
 
 def test_empty_variables_are_as_good_as_none(load):

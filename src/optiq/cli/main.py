@@ -23,6 +23,7 @@ EXIT_INTERRUPTED = 130
 VERBS = {
     "convert": "Measure, allocate, quantize, judge and write the card.",
     "judge": "KL and agreement of a quantized model with its source.",
+    "eval": "Benchmarks with per-item logs, and the Capability Score.",
     "baseline": "Write the uniform quantization that is not smaller than a model.",
     "measure": "Measure what every bit width costs for every matrix.",
     "plan": "Choose bits for a budget from one measurement.",

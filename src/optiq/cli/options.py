@@ -17,9 +17,11 @@ from optiq.configs import (
     AllocateConfig,
     BenchConfig,
     ConvertConfig,
+    EvalConfig,
     JudgeConfig,
     MeasureConfig,
     RunConfig,
+    ServedConfig,
 )
 
 T = TypeVar("T")
@@ -31,6 +33,8 @@ SECTIONS: Mapping[str, type[Any]] = {
     "convert": ConvertConfig,
     "judge": JudgeConfig,
     "bench": BenchConfig,
+    "eval": EvalConfig,
+    "served": ServedConfig,
 }
 """TOML section -> dataclass; the order of the documentation."""
 
@@ -41,6 +45,8 @@ _TITLES = {
     ConvertConfig: "Output",
     JudgeConfig: "Judging",
     BenchConfig: "Timing",
+    EvalConfig: "Benchmarks",
+    ServedConfig: "Model behind a URL",
 }
 
 

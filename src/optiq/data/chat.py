@@ -107,6 +107,51 @@ def prompt(tokenizer: TokenizerWrapper, text: str) -> list[int]:
     return ids
 
 
+def question(
+    tokenizer: TokenizerWrapper,
+    messages: Sequence[Message],
+    tools: Sequence[Tool] = (),
+    *,
+    thinking: bool = False,
+) -> str:
+    """Text of a conversation that waits for the model's turn, through its chat template.
+
+    A system message goes in front of the first user turn where the template has no system role.
+
+    Args:
+        tokenizer: the model's; it has a template.
+        messages: OpenAI-style turns.
+        tools: OpenAI function schemas, for a template that `offers_tools`.
+        thinking: ask the template to let the model think, where it knows how.
+
+    Raises:
+        UsageError: if the template refuses the conversation.
+    """
+    turns = _with_call_ids(messages)
+    if turns[0]["role"] == "system" and not _writes_system(tokenizer):
+        turns = _merged(system_as_user(turns))
+    try:
+        text: str = tokenizer.apply_chat_template(
+            turns,
+            tools=list(tools) or None,
+            add_generation_prompt=True,
+            enable_thinking=thinking,
+            tokenize=False,
+        )
+    except _TEMPLATE_ERRORS as error:
+        roles = [turn["role"] for turn in turns]
+        raise UsageError(
+            f"the chat template of the model refuses a conversation of {roles}: {error}"
+        ) from None
+    return text
+
+
+def offers_tools(tokenizer: TokenizerWrapper) -> bool:
+    """Whether the template tells the model of the functions it may call."""
+    text = _probe(tokenizer, _TOOL_PROBE[:1], _TOOL_PROBE_TOOLS)
+    return text is not None and "quagga" in text and "Look a word up" in text
+
+
 def _tokens(
     tokenizer: TokenizerWrapper, messages: Sequence[Message], tools: Sequence[Tool]
 ) -> list[int]:

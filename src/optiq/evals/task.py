@@ -11,6 +11,7 @@ from typing import Any
 
 from optiq.configs import EvalConfig
 from optiq.data.benchmarks import BenchmarkData
+from optiq.errors import OptiqError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,11 +35,13 @@ class Chat:
         messages: OpenAI style, ending with a user or tool turn.
         tools: OpenAI function schemas offered in the model's native format.
         max_tokens: longest answer.
+        thinking: whether the model may think first; None for what the options say.
     """
 
     messages: tuple[Mapping[str, Any], ...]
     max_tokens: int
     tools: tuple[Mapping[str, Any], ...] = ()
+    thinking: bool | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +130,8 @@ class Task:
         solver: the prompt of an item.
         scorer: the score of a response to an item.
         needs_execution: scoring runs code that the model wrote.
+        files: keys of `optiq.data.benchmarks.FILES` that the items are made from.
+        groups: kinds of parts and the part of each that an item belongs to, for figures by part.
     """
 
     name: str
@@ -137,6 +142,22 @@ class Task:
     scorer: Callable[[Item, Response, EvalConfig], Score]
     variant: Callable[[EvalConfig], str] = lambda _config: ""
     needs_execution: bool = False
+    files: tuple[str, ...] = ()
+    groups: Callable[[Item], Mapping[str, str]] = lambda _item: {}
+
+    def score(self, item: Item, response: Response, config: EvalConfig) -> Score:
+        """The score of a response; a scorer that breaks gives no value, and says why.
+
+        Raises:
+            OptiqError: what is wrong with more than this response, e.g. a package that is missing.
+        """
+        try:
+            return self.scorer(item, response, config)
+        except OptiqError:
+            raise
+        except Exception as error:  # noqa: BLE001  one broken item must not end a run, nor count as 0
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            return Score(None, detail={"failure": reason})
 
     def full_version(self, config: EvalConfig) -> str:
         """Version and variant: what two logs must share to be compared."""

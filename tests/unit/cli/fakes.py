@@ -5,7 +5,16 @@ import types
 from pathlib import Path
 from typing import Any
 
-from optiq.artifacts import BitPlan, DomainFidelity, Fidelity, QuantOption, SensitivityTable, Speed
+from optiq.artifacts import (
+    BenchmarkResult,
+    BitPlan,
+    DomainFidelity,
+    EvalReport,
+    Fidelity,
+    QuantOption,
+    SensitivityTable,
+    Speed,
+)
 from optiq.configs import AllocateConfig
 from optiq.quant.allocate import allocate
 from tests.unit.quant.tables import PROVENANCE, llama_modules, random_table
@@ -44,6 +53,14 @@ def make_speed(model: str = "model") -> Speed:
     return Speed(model, 512, 64, 3, 100.0, 20.0, 10**9, PROVENANCE)
 
 
+def make_report(model: str = "model", *, whole: bool = True) -> EvalReport:
+    row = BenchmarkResult("MMLU", "1", 0.5, 1000, 0.0158, (0.4691, 0.5309), 0.0, 0.002, 0)
+    code = dataclasses.replace(row, title="HumanEval", n=164, pass_at={"1": 0.5, "5": 0.75})
+    broken = dataclasses.replace(row, score=None, se=None, ci95=None, num_null=3)
+    rows = {"mmlu": row, "humaneval": code} if whole else {"mmlu": row, "bfcl": broken}
+    return EvalReport(model, None, 90_000_000, 4.99, rows, 0.5 if whole else None)
+
+
 @dataclasses.dataclass
 class FakePipeline(types.ModuleType):
     """`optiq.pipeline` with canned answers; `calls` holds name, arguments and keywords."""
@@ -52,6 +69,7 @@ class FakePipeline(types.ModuleType):
         default_factory=list
     )
     refusal: str | None = None
+    whole: bool = True
     error: BaseException | None = None
 
     def __post_init__(self) -> None:
@@ -94,6 +112,31 @@ class FakePipeline(types.ModuleType):
             size_bytes=95 * 10**6,
             like_bytes=9 * 10**7,
         )
+
+    def evaluate(self, model: Path | None, logs: Path | None, **kwargs: Any) -> Any:
+        self._note("evaluate", (model, logs), kwargs)
+        report = make_report(str(model), whole=self.whole)
+        return types.SimpleNamespace(report=report, logs=logs or Path("cache/eval"))
+
+    def estimate(self, *args: Any) -> Any:
+        self._note("estimate", args, {})
+        return [("mmlu", "1,000 answers, up to about 5 min")]
+
+    def rival_of(self, *args: Any) -> Path:
+        self._note("rival_of", args, {})
+        return Path("work/rival")
+
+    def response_file(self, *args: Any, **kwargs: Any) -> Any:
+        self._note("response_file", args, kwargs)
+        return "file"
+
+    def score_responses(self, file: Any, logs: Path | None, **kwargs: Any) -> Any:
+        self._note("score_responses", (file, logs), kwargs)
+        return types.SimpleNamespace(report=make_report(), logs=Path("logs"))
+
+    def rescore(self, *args: Any) -> Any:
+        self._note("rescore", args, {})
+        return types.SimpleNamespace(report=make_report(), logs=args[0])
 
     def bench(self, *args: Any) -> Speed:
         self._note("bench", args, {})

@@ -1,6 +1,7 @@
 """Flags and TOML from the dataclasses."""
 
 import dataclasses
+import importlib
 import tomllib
 import typing
 from pathlib import Path
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from optiq.cli import toml
-from optiq.cli.main import run
+from optiq.cli.main import VERBS, run
 from optiq.cli.options import SECTIONS, Configs, config_options, flag_name
 from optiq.configs import AllocateConfig, MeasureConfig, RunConfig
 from optiq.errors import UsageError
@@ -104,9 +105,13 @@ def test_the_example_is_valid_with_and_without_comment_signs(capsys, tmp_path):
         assert set(read[config_type]) == {f.name for f in dataclasses.fields(config_type)}
 
 
-def test_no_two_dataclasses_share_a_flag():
-    names = [field.name for t in SECTIONS.values() for field in dataclasses.fields(t)]
+@pytest.mark.parametrize("verb", VERBS)
+def test_no_command_has_a_flag_twice(verb):
+    command = importlib.import_module(f"optiq.cli.{verb}").command
+    names = [parameter.name for parameter in command.params]
+    flags = [flag for parameter in command.params for flag in parameter.opts]
     assert len(names) == len(set(names))
+    assert len(flags) == len(set(flags))
 
 
 @given(

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from optiq.data.chat import prompt, render, tools_as_text
+from optiq.data.chat import offers_tools, prompt, question, render, tools_as_text
 from optiq.errors import UsageError
 from optiq.models.load import load_tokenizer
 from tests.tiny import TEMPLATE, write_tokenizer
@@ -131,3 +131,40 @@ def test_prompt_that_a_template_refuses(tmp_path):
     write_tokenizer(tmp_path, "{{ raise_exception('never') }}")
     with pytest.raises(UsageError, match="refuses a user turn: never"):
         prompt(load_tokenizer(tmp_path, {}), "Hi")
+
+
+def test_a_question_waits_for_the_answer_and_says_whether_to_think(tmp_path):
+    template = TEMPLATE + "{{ 'think' if enable_thinking else 'quick' }}"
+    write_tokenizer(tmp_path, template)
+    tokenizer = load_tokenizer(tmp_path, {})
+    turn = {"role": "user", "content": "Hi"}
+    wanted = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert question(tokenizer, [turn]) == wanted + "quick"
+    assert question(tokenizer, [turn], thinking=True) == wanted + "think"
+
+
+def test_a_question_keeps_a_system_turn_the_template_does_not_know(tmp_path):
+    write_tokenizer(
+        tmp_path,
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif %}"
+        "{{ m.role + ':' + m.content + ';' }}{% endfor %}",
+    )
+    tokenizer = load_tokenizer(tmp_path, {})
+    turns = [{"role": "system", "content": "Be brief"}, {"role": "user", "content": "Hi"}]
+    assert question(tokenizer, turns) == "user:Be brief\n\nHi;"
+    with pytest.raises(UsageError, match="refuses a conversation"):
+        question(tokenizer, [{"role": "user", "content": "Hi"}, turns[0]])
+
+
+@pytest.mark.parametrize(
+    ("template", "offers"),
+    [
+        (TEMPLATE, False),
+        ("{% if tools %}{{ tools | tojson }}{% endif %}", True),
+        ("{% if tools %}{{ tools[0].function.name }}{% endif %}", False),
+        ("{{ raise_exception('never') }}", False),
+    ],
+)
+def test_whether_a_template_offers_functions(tmp_path, template, offers):
+    write_tokenizer(tmp_path, template)
+    assert offers_tools(load_tokenizer(tmp_path, {})) is offers

@@ -1,0 +1,1 @@
+"""Models under test: a directory in process, or an OpenAI-compatible URL."""
