@@ -28,7 +28,7 @@ from optiq.evals.tasks import humaneval
 CONFIG = EvalConfig(allow_code_execution=True)
 KINDS = ("canonical", "none", "changed")
 
-CHANGED = '''
+CHANGED = """
 def _changed(value):
     if value is None or isinstance(value, bool):
         return not value
@@ -46,7 +46,7 @@ _right = ENTRY
 
 def ENTRY(*arguments):
     return _changed(_right(*arguments))
-'''
+"""
 
 OFFICIAL = """
 import json, sys

@@ -1,7 +1,7 @@
 """Tries what must not work; writes a JSON list of what did.
 
 A script of the standard library alone. The sandbox runs it as a program, with a line behind it that
-calls `main`.
+calls `main` or `leave_daemon`.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def leave_daemon() -> None:
             os.setsid()
         except OSError:
             sys.stderr.flush()
-        time.sleep(600)
+        time.sleep(20)
         os._exit(0)
 
 
@@ -142,5 +142,4 @@ def main(values: dict[str, Any]) -> None:
         except (OSError, MemoryError):
             continue
         missing.append(wall)
-    leave_daemon()
     sys.stdout.write(json.dumps(missing))
