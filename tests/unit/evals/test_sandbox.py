@@ -74,12 +74,16 @@ def goes_on(box):
     return box.run("assert 1 + 1 == 2", 5).status == "passed"
 
 
-def processes_with(word):
-    """Ids of processes with a word among their arguments."""
-    lines = subprocess.run(
-        ["ps", "-ww", "-eo", "pid=,args="], capture_output=True, text=True, check=True
-    )
-    return [line.split()[0] for line in lines.stdout.splitlines() if word in line]
+def processes_with(words):
+    """Whether a process has these words as its arguments, in this order."""
+    if sys.platform != "linux":
+        command = ["ps", "-ww", "-eo", "args="]
+        return words in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # ended meanwhile
+            if words in path.read_text(errors="replace").replace("\0", " "):
+                return True
+    return False
 
 
 def becomes(true, within_s=5.0):
@@ -110,7 +114,7 @@ def test_a_program_that_comes_to_its_end_passes(box):
         ("raise SystemExit", "SystemExit"),
         ("import os; os._exit(0)", "status 0"),
         ("import os; os.kill(os.getpid(), 9)", "killed"),
-        ("import os; os.execv('/bin/true', ['true'])", "status 0"),
+        ("import os, sys; os.execv(sys.executable, [sys.executable, '-S', '-c', ''])", "status 0"),
         ("import ctypes; ctypes.string_at(0)", "status"),
         ("def f(): f()\nf()", "RecursionError"),
     ],
@@ -259,17 +263,12 @@ def test_the_home_directory_is_not_read(box):
             except OSError:
                 return None
         assert visible(os.listdir, {str(Path.home())!r}) is None, "home"
-        assert visible(os.listdir, os.path.expanduser("~{_user()}")) is None, "home of the user"
         assert visible(os.listdir, {str(Path.cwd())!r}) is None, "working directory"
         assert visible(pathlib.Path({str(canary)!r}).read_text) is None, "canary"
         assert os.listdir(pathlib.Path.home()) == [], "its own home is empty"
         """
         outcome = run(box, program)
     assert outcome.status == "passed", outcome
-
-
-def _user():
-    return Path.home().name
 
 
 def test_no_socket_leads_anywhere(box):

@@ -171,7 +171,12 @@ def _view(interpreter: Interpreter, home: str, *, moved: bool) -> _View:
 
 
 def _started(
-    command: list[str], job: Job, *, more_fds: tuple[int, ...] = (), cwd: str = "/"
+    command: list[str],
+    job: Job,
+    *,
+    env: dict[str, str],
+    more_fds: tuple[int, ...] = (),
+    cwd: str = "/",
 ) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         command,
@@ -180,7 +185,7 @@ def _started(
         stderr=job.output,
         pass_fds=(job.secret, job.verdict, *more_fds),
         start_new_session=True,
-        env={"LANG": "C.UTF-8"},
+        env=env,
         cwd=cwd,
     )
 
@@ -200,7 +205,7 @@ def _entering(plan: dict[str, Any], view: _View, limits: Limits, job: Job) -> li
 
 @dataclasses.dataclass(frozen=True)
 class Namespaces:
-    """Namespaces of its own: as root directly, else inside a user namespace."""
+    """Namespaces of its own: directly for who may take other user ids, else in a user namespace."""
 
     interpreter: Interpreter
     name: str = "namespaces"
@@ -210,12 +215,12 @@ class Namespaces:
         """See `Method`."""
         plan = {
             "method": "namespaces",
-            "uid": _unused_uid() if os.geteuid() == 0 else None,
+            "uid": _unused_uid(),
             "box": _BOX,
             "filter": filter_program(sessions=True).hex(),
         }
         view = _view(self.interpreter, _BOX, moved=True)
-        yield _started(_entering(plan, view, limits, job), job)
+        yield _started(_entering(plan, view, limits, job), job, env={})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,9 +238,7 @@ class Bubblewrap:
             raise FileNotFoundError("bubblewrap is not installed")
         view = _view(self.interpreter, _BOX, moved=True)
         command = [program, "--unshare-all", "--die-with-parent", "--cap-drop", "ALL"]
-        command += ["--uid", "65534", "--gid", "65534", "--clearenv"]
-        for name, value in view.environment.items():
-            command += ["--setenv", name, value]
+        command += ["--uid", "65534", "--gid", "65534"]
         for source, target in view.shown:
             command += ["--dev-bind" if source in _DEVICES else "--ro-bind", source, target]
         for target, link in view.links:
@@ -249,7 +252,7 @@ class Bubblewrap:
                 command += ["--seccomp", str(code.fileno())]
             code.seek(0)
             command += [view.executable, *_ISOLATED, *job.arguments(limits)]
-            yield _started(command, job, more_fds=(code.fileno(),))
+            yield _started(command, job, env=view.environment, more_fds=(code.fileno(),))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,9 +266,9 @@ class OwnUser:
     def launch(self, job: Job, limits: Limits) -> Generator[subprocess.Popen[bytes]]:
         """See `Method`."""
         code = filter_program(sessions=False)
-        if os.geteuid() != 0 or not code:
-            raise PermissionError("needs root on x86_64 or aarch64")
         uid = _unused_uid()
+        if uid is None or not code:
+            raise PermissionError("needs root with other user ids, on x86_64 or aarch64")
         with tempfile.TemporaryDirectory(prefix="optiq-", ignore_cleanup_errors=True) as parent:
             box = Path(parent) / "box"
             box.mkdir(mode=0o700)
@@ -273,7 +276,7 @@ class OwnUser:
             os.chmod(parent, 0o711)
             plan = {"method": "user", "uid": uid, "box": str(box), "filter": code.hex()}
             view = _view(self.interpreter, str(box), moved=False)
-            yield _started(_entering(plan, view, limits, job), job)
+            yield _started(_entering(plan, view, limits, job), job, env={})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,11 +293,10 @@ class Seatbelt:
             box = Path(parent).resolve() / "box"
             box.mkdir(mode=0o700)
             profile = _profile(box, self.interpreter)
-            command = ["/usr/bin/sandbox-exec", "-p", profile, "/usr/bin/env", "-i"]
             view = _view(self.interpreter, str(box), moved=False)
-            command += [f"{name}={value}" for name, value in view.environment.items()]
+            command = ["/usr/bin/sandbox-exec", "-p", profile]
             command += [view.executable, *_ISOLATED, *job.arguments(limits)]
-            yield _started(command, job, cwd=str(box))
+            yield _started(command, job, env=view.environment, cwd=str(box))
 
 
 def _profile(box: Path, interpreter: Interpreter) -> str:
@@ -305,6 +307,7 @@ def _profile(box: Path, interpreter: Interpreter) -> str:
         [
             "(version 1)",
             "(deny default)",
+            '(import "system.sb")',
             "(allow process-exec)",
             "(allow sysctl-read)",
             "(allow file-read-metadata)",
@@ -326,11 +329,17 @@ def methods(interpreter: Interpreter) -> list[Method]:
     return [Bubblewrap(interpreter), Namespaces(interpreter)]
 
 
-def _unused_uid() -> int:
-    """A random user id that nobody has, so that counts of processes are its own."""
+def _unused_uid() -> int | None:
+    """A random user id that nobody has, so that its processes are counted alone.
+
+    Returns:
+        The id; None for who is not root, or root of a namespace without such ids.
+    """
+    if os.geteuid() != 0:
+        return None
     ranges = [line.split() for line in Path("/proc/self/uid_map").read_text().splitlines()]
     for wanted in (_UNUSED_UIDS, _UNUSED_SMALL_UIDS):
         for first, _, count in ranges:
             if int(first) <= wanted.start and wanted.stop <= int(first) + int(count):
                 return random.SystemRandom().choice(wanted)
-    raise PermissionError("no user id of 60500 to 65000 is mapped here")
+    return None

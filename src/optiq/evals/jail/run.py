@@ -68,8 +68,8 @@ def flush() -> None:
 
 def main() -> None:
     """Runs the program that the arguments name."""
-    secret_fd, verdict_fd = int(sys.argv[1]), int(sys.argv[2])
-    limits = json.loads(sys.argv[3])
+    limits = json.loads(sys.argv.pop())
+    verdict_fd, secret_fd = int(sys.argv.pop()), int(sys.argv.pop())
     text = sys.stdin.buffer.read()
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     low, high = sorted((secret_fd, verdict_fd))
@@ -77,7 +77,6 @@ def main() -> None:
     os.closerange(low + 1, high)
     os.closerange(high + 1, max(high + 1, 1024))
     set_limits(limits)
-    del sys.argv[1:]
     write, leave = os.write, os._exit  # as they are before the program
     write(verdict_fd, b"+")
     ending = ""

@@ -34,7 +34,7 @@ _REQUEST = (
 
 _FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})[^\n]*\n(.*?)(?:^[ \t]*\1[ \t]*$|\Z)", re.M | re.S)
 _STATEMENT = re.compile(r"^(?:(?:from|import|def|class|async)\b|@)", re.M)
-_MAX_BEGINS = 20
+_MAX_BEGINS, _MAX_CUTS = 5, 20
 _FUTURE = re.compile(r"^from __future__ import .*\n?", re.M)
 
 
@@ -174,7 +174,9 @@ def _parsed(source: str) -> ast.Module | int:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd escapes in strings
-            return ast.parse(source)
+            tree = ast.parse(source)
+            compile(tree, "response", "exec")  # knows more errors, e.g. a return without a function
+            return tree
     except SyntaxError as error:
         return error.lineno or 0
     except (ValueError, RecursionError, MemoryError):  # null bytes, deep nesting
@@ -195,7 +197,7 @@ def _code_in_prose(text: str, entry_point: str) -> Iterator[str]:
     begins = [match.start() for match in _STATEMENT.finditer(text, 0, start)]
     for begin in [*begins[:_MAX_BEGINS], start]:
         lines = text[begin:].splitlines(keepends=True)
-        while lines:
+        for _ in range(_MAX_CUTS):
             tree = _parsed("".join(lines))
             if isinstance(tree, ast.Module):
                 yield "".join(lines)
