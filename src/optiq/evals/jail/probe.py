@@ -103,6 +103,7 @@ def find_files() -> None:
 
 def leave_daemon() -> None:
     """Leaves a process that holds the output open, out of the group where that works."""
+    read_end, write_end = os.pipe()
     try:
         child = os.fork()
     except OSError:
@@ -110,10 +111,11 @@ def leave_daemon() -> None:
     if child == 0:
         try:
             os.setsid()
-        except OSError:
-            sys.stderr.flush()
-        time.sleep(20)
-        os._exit(0)
+        finally:
+            os.write(write_end, b"!")
+            time.sleep(20)
+            os._exit(0)
+    os.read(read_end, 1)
 
 
 def attempts(values: dict[str, Any]) -> list[tuple[str, Callable[..., None], tuple[Any, ...]]]:
