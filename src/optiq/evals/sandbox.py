@@ -146,8 +146,8 @@ class Sandbox:
             source.write(program.encode("utf-8", "replace"))
             source.seek(0)
             secret_end = _filled_pipe(secret, stack)
-            verdict = _Pipe(stack)
-            output = _Pipe(stack)
+            verdict = _Pipe(stack, keep_bytes=2 * len(_STARTED + secret))
+            output = _Pipe(stack, self.limits.output_bytes)
             job = Job(source.fileno(), secret_end, verdict.inside, output.inside, timeout_s)
             process = stack.enter_context(self._method.launch(job, self.limits))
             watch = _Watch(process, verdict, output, self.limits)
@@ -164,15 +164,22 @@ class _Pipe:
     Attributes:
         inside: write end, which the process gets.
         outside: read end.
-        content: what was read.
+        content: the end of what was read, at most `keep_bytes`.
     """
 
-    def __init__(self, stack: contextlib.ExitStack) -> None:
+    def __init__(self, stack: contextlib.ExitStack, keep_bytes: int) -> None:
+        self._keep_bytes = keep_bytes
         self.outside, self.inside = os.pipe()
         self.content = b""
         self._inside = os.fdopen(self.inside, "wb")
         stack.callback(os.close, self.outside)
         stack.callback(self.close_inside)
+
+    def read(self) -> bool:
+        """Reads what is there, once; False at the end."""
+        chunk = os.read(self.outside, 1 << 16)
+        self.content = (self.content + chunk)[-self._keep_bytes :]
+        return bool(chunk)
 
     def close_inside(self) -> None:
         """Leaves the write end to the process."""
@@ -266,9 +273,7 @@ class _Watch:
         """Reads once from each pipe that has something; one that was closed is forgotten."""
         for key, _ in self._selector.select(timeout_s):
             pipe: _Pipe = key.data
-            chunk = os.read(pipe.outside, 1 << 16)
-            pipe.content = (pipe.content + chunk)[-self._limits.output_bytes :]
-            if not chunk:
+            if not pipe.read():
                 self._selector.unregister(pipe.outside)
 
     def _resident_bytes(self) -> int:
@@ -297,7 +302,9 @@ def _listener() -> Generator[int]:
 def _private_folders() -> list[Path]:
     """Directories that a program must not list."""
     return [
-        path for path in (Path.home(), Path.cwd(), Path(tempfile.gettempdir())) if path.is_dir()
+        path
+        for path in (Path(os.path.expanduser("~")), Path.cwd(), Path(tempfile.gettempdir()))
+        if path.is_dir()
     ]
 
 
