@@ -487,13 +487,17 @@ Sandbox(among=[{type(box._method).__name__}(python)]).run('''import os, sys
 os.execv(sys.executable, [sys.executable, "-S", "-c", "import time; time.sleep(60)", {word!r}])
 ''', 60)
 """
-    harness = subprocess.Popen([sys.executable, "-c", script])
-    try:
-        assert becomes(lambda: processes_with(f"time.sleep(60) {word}"), 20), "it was there"
-    finally:
-        harness.send_signal(signal.SIGKILL)
-        harness.wait()
-    assert becomes(lambda: not processes_with(f"time.sleep(60) {word}"))
+    with tempfile.TemporaryDirectory() as folder:  # takes what a killed harness leaves
+        os.chmod(folder, 0o755)
+        harness = subprocess.Popen(
+            [sys.executable, "-c", script], env={**os.environ, "TMPDIR": folder}
+        )
+        try:
+            assert becomes(lambda: processes_with(f"time.sleep(60) {word}"), 20), "it was there"
+        finally:
+            harness.send_signal(signal.SIGKILL)
+            harness.wait()
+        assert becomes(lambda: not processes_with(f"time.sleep(60) {word}"))
 
 
 # what cannot be enforced is refused
