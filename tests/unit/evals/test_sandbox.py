@@ -472,7 +472,7 @@ def test_several_threads_have_a_box_each(box):
     assert found == ["failed", "passed"] * 4
 
 
-def test_a_killed_harness_takes_its_programs_along(box):
+def test_a_killed_harness_takes_its_programs_along(box, monkeypatch):
     if box.method == "seatbelt":
         pytest.skip("macOS has no signal for the death of a parent; the time limit ends it")
     python = box._method.interpreter
@@ -489,9 +489,8 @@ os.execv(sys.executable, [sys.executable, "-S", "-c", "import time; time.sleep(6
 """
     with tempfile.TemporaryDirectory() as folder:  # takes what a killed harness leaves
         os.chmod(folder, 0o755)
-        harness = subprocess.Popen(
-            [sys.executable, "-c", script], env={**os.environ, "TMPDIR": folder}
-        )
+        monkeypatch.setenv("TMPDIR", folder)
+        harness = subprocess.Popen([sys.executable, "-c", script])
         try:
             assert becomes(lambda: processes_with(f"time.sleep(60) {word}"), 20), "it was there"
         finally:
