@@ -217,6 +217,9 @@ class EvalConfig:
     bfcl_form: Literal["native", "prompt"] = option(
         "native", "Offer functions in the model's own tool format, or described in the prompt."
     )
+    humaneval_form: Literal["auto", "chat", "text"] = option(
+        "auto", "HumanEval in chat or as text to continue; auto: chat if there is a template."
+    )
     hashhop_published: bool = option(
         False, "The 100 HashHop chains of published cards instead of 1,000."
     )

@@ -9,6 +9,7 @@ TASKS: Registry[Task] = Registry(
         "bfcl": "optiq.evals.tasks.bfcl:TASK",
         "gsm8k": "optiq.evals.tasks.gsm8k:TASK",
         "hashhop": "optiq.evals.tasks.hashhop:TASK",
+        "humaneval": "optiq.evals.tasks.humaneval:TASK",
         "ifeval": "optiq.evals.tasks.ifeval:TASK",
         "mmlu": "optiq.evals.tasks.mmlu:TASK",
     },
