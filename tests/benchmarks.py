@@ -1,5 +1,6 @@
 """Small benchmark files of our own, in the layout of `--data-dir`."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -25,6 +26,9 @@ def write_benchmarks(folder: Path) -> Path:
         folder / "bfcl/possible_answer/BFCL_v3_simple.json",
         [{"id": f"own_{n}", "ground_truth": [{"shop.order": _accepted(n)}]} for n in range(12)],
     )
+    problems = "".join(json.dumps(_problem(n)) + "\n" for n in range(12))
+    (folder / "humaneval").mkdir(exist_ok=True)
+    (folder / "humaneval/HumanEval.jsonl.gz").write_bytes(gzip.compress(problems.encode()))
     return folder
 
 
@@ -52,6 +56,16 @@ def _ifeval(number: int) -> dict:
         "prompt": f"Name {number + 1} rivers in quotes and without commas.",
         "instruction_id_list": ["punctuation:no_comma", "startend:quotation"],
         "kwargs": [{}, {}],
+    }
+
+
+def _problem(number: int) -> dict:
+    return {
+        "task_id": f"own/{number}",
+        "prompt": f'def times(a: int) -> int:\n    """{number} times a."""\n',
+        "entry_point": "times",
+        "canonical_solution": f"    return {number} * a\n",
+        "test": f"def check(candidate):\n    assert candidate(7) == {7 * number}\n",
     }
 
 

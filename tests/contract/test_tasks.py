@@ -12,12 +12,12 @@ from bench.scorers import golden_call, obedient
 from optiq.configs import EvalConfig
 from optiq.data.benchmarks import FILES, BenchmarkData
 from optiq.errors import UsageError
-from optiq.evals import tasks
+from optiq.evals import sandbox, tasks
 from optiq.evals.task import Chat, Choice, Continuation, Item, Response, ToolCall
 from optiq.evals.tasks import TASKS
 from tests.benchmarks import write_benchmarks
 
-CONFIG = EvalConfig()
+CONFIG = EvalConfig(allow_code_execution=True)
 EASY = {  # instructions of IFEval that are easy to follow, and to break with one text
     "punctuation:no_comma",
     "startend:quotation",
@@ -63,7 +63,19 @@ def hashhop(item, right):
     return Response(item.fields["target"] if right else item.fields["start"])
 
 
-ANSWERS = {"mmlu": mmlu, "gsm8k": gsm8k, "ifeval": ifeval, "bfcl": bfcl, "hashhop": hashhop}
+def humaneval(item, right):
+    return Response(SOLUTIONS[item.id] if right else "    return None\n")
+
+
+ANSWERS = {
+    "mmlu": mmlu,
+    "gsm8k": gsm8k,
+    "ifeval": ifeval,
+    "bfcl": bfcl,
+    "humaneval": humaneval,
+    "hashhop": hashhop,
+}
+SOLUTIONS: dict[str, str] = {}  # canonical ones, by id; not among the fields of an item
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +90,17 @@ def data(request):
     return BenchmarkData(request.getfixturevalue("shared") / "assets" / "eval")
 
 
+def limited(limit):
+    return dataclasses.replace(CONFIG, limit=limit)
+
+
 def ten_items(name, data):
     needs_checks(name)
+    if name == "humaneval":
+        SOLUTIONS.update(
+            (row["task_id"], row["canonical_solution"])
+            for row in data.load(f"{name}/problems").rows
+        )
     items = TASKS.get(name).dataset(data, CONFIG)
     if name == "ifeval":
         items = [item for item in items if EASY.issuperset(item.fields["instruction_id_list"])]
@@ -88,6 +109,11 @@ def ten_items(name, data):
 
 
 def needs_checks(name):
+    if name == "humaneval":
+        try:
+            sandbox.for_config(CONFIG)
+        except UsageError as error:
+            pytest.skip(str(error))
     if name == "ifeval":
         pytest.importorskip("lm_eval", reason="needs the extra 'eval'")
         nltk = pytest.importorskip("nltk", reason="needs the extra 'eval'")
@@ -139,6 +165,7 @@ def test_an_error_that_is_not_of_one_response_ends_the_run(own_data):
 
 @every_task
 def test_items_are_unique_serializable_and_the_same_each_time(name, own_data):
+    needs_checks(name)
     task = TASKS.get(name)
     items = task.dataset(own_data, CONFIG)
     assert len({item.id for item in items}) == len(items)
@@ -151,17 +178,19 @@ def test_items_are_unique_serializable_and_the_same_each_time(name, own_data):
 
 @every_task
 def test_a_limit_takes_items_from_all_over(name, own_data):
+    needs_checks(name)
     task = TASKS.get(name)
     items = [item.id for item in task.dataset(own_data, CONFIG)]
-    few = [item.id for item in task.dataset(own_data, EvalConfig(limit=3))]
+    few = [item.id for item in task.dataset(own_data, limited(3))]
     assert few == [items[0], items[len(items) // 3], items[2 * len(items) // 3]]
-    assert [i.id for i in task.dataset(own_data, EvalConfig(limit=10**6))] == items
+    assert [i.id for i in task.dataset(own_data, limited(10**6))] == items
 
 
 @every_task
 def test_prompts_hold_the_question_and_no_answer_beyond_the_options(name, own_data):
+    needs_checks(name)
     task = TASKS.get(name)
-    for item in task.dataset(own_data, EvalConfig(limit=5)):
+    for item in task.dataset(own_data, limited(5)):
         prompt = task.solver(item, CONFIG)
         assert isinstance(prompt, Chat | Continuation | Choice)
         if isinstance(prompt, Chat):

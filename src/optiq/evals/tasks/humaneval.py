@@ -1,15 +1,13 @@
 """HumanEval: 164 Python functions to write from a signature and a docstring.
 
-Reference: Chen et al. 2021, "Evaluating Large Language Models Trained on Code" (data, tests, the
-estimator of pass@k). The program that is run is the same as theirs for a continuation. It runs
-with the standard library alone, and the time limit counts processor time instead of seconds on the
-wall.
+Reference: Chen et al. 2021, "Evaluating Large Language Models Trained on Code" (data and tests).
+The program that is run is the same as theirs for a continuation. It runs with the standard library
+alone, and the time limit counts processor time instead of seconds on the wall.
 """
 
 from __future__ import annotations
 
 import ast
-import math
 import re
 import textwrap
 import warnings
@@ -17,11 +15,11 @@ from collections.abc import Iterator, Sequence
 
 from optiq.configs import EvalConfig
 from optiq.data.benchmarks import BenchmarkData
-from optiq.errors import UsageError
 from optiq.evals import sandbox
+from optiq.evals.draw import evenly
 from optiq.evals.task import Chat, Continuation, Item, Prompt, Response, Score, Task
 
-_FILE = "humaneval/HumanEval.jsonl.gz"
+_FILE = "humaneval/problems"
 _FIELDS = ("prompt", "entry_point", "test")
 _TIMEOUT_S = 5.0
 _CHAT_TOKENS = 1024
@@ -38,27 +36,6 @@ _MAX_BEGINS, _MAX_CUTS = 5, 20
 _FUTURE = re.compile(r"^from __future__ import .*\n?", re.M)
 
 
-def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
-    """Probability that one of k samples is right, from a larger number of samples, without bias.
-
-    Args:
-        num_samples: samples drawn, at least `k`.
-        num_correct: how many of them passed.
-        k: samples that may be tried.
-
-    Returns:
-        1 - C(n - c, k) / C(n, k).
-
-    Raises:
-        UsageError: if `k` is not from 1 to `num_samples`.
-
-    Reference: Chen et al. 2021, equation 1.
-    """
-    if not 1 <= k <= num_samples:
-        raise UsageError(f"pass@{k} needs at least {max(k, 1)} samples, not {num_samples}")
-    return 1.0 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
-
-
 def dataset(data: BenchmarkData, config: EvalConfig) -> Sequence[Item]:
     """All problems, once the sandbox is known to hold.
 
@@ -66,15 +43,9 @@ def dataset(data: BenchmarkData, config: EvalConfig) -> Sequence[Item]:
         UsageError: if code may not run or cannot be contained, or if the file is not HumanEval's.
     """
     sandbox.for_config(config)
-    rows = data.rows(_FILE)  # type: ignore[attr-defined]
-    return [_item(row, number) for number, row in enumerate(rows, start=1)]
-
-
-def _item(row: dict[str, object], number: int) -> Item:
-    missing = [name for name in ("task_id", *_FIELDS) if not isinstance(row.get(name), str)]
-    if missing:
-        raise UsageError(f"{_FILE}, row {number}: no text under {missing}")
-    return Item(str(row["task_id"]), {name: row[name] for name in _FIELDS})
+    rows = data.load(_FILE).rows
+    items = [Item(row["task_id"], {name: row[name] for name in _FIELDS}) for row in rows]
+    return evenly(items, config.limit)
 
 
 def solver(item: Item, config: EvalConfig) -> Prompt:
@@ -222,5 +193,6 @@ TASK = Task(
     solver=solver,
     scorer=scorer,
     variant=_variant,
+    files=(_FILE,),
     needs_execution=True,
 )
