@@ -20,7 +20,8 @@ from scipy.optimize import brentq
 from scipy.special import expit, logit
 
 from optiq.artifacts import Comparison
-from optiq.evals.compare import RESAMPLES, Evaluated, Scores, compare
+from optiq.evals.compare import RESAMPLES, compare
+from optiq.evals.scores import Evaluated, Scores
 
 FULL = {"mmlu": 1000, "gsm8k": 1000, "ifeval": 541, "bfcl": 200, "humaneval": 164, "hashhop": 1000}
 LIMITED = dict.fromkeys(FULL, 50)
@@ -35,7 +36,7 @@ CHANCES = {
 }
 SAMPLES = {"hashhop": 4}  # answers to one item: a score in quarters
 POPULATION = 100_000
-PILOTS = 20
+PILOTS = 200
 
 
 def chances(sizes: Mapping[str, int], rng: np.random.Generator) -> dict[str, np.ndarray]:

@@ -578,6 +578,17 @@ class Comparison(Artifact):
         """Whether the mean is the Capability Score: that of all six benchmarks and no other."""
         return {row.task for row in self.benchmarks} == set(CAPABILITY)
 
+    @property
+    def sentence(self) -> str:
+        """The verdict and its reason, for people."""
+        told = {
+            "better": f"{self.model} is better than {self.rival}",
+            "worse": f"{self.model} is worse than {self.rival}",
+            "no_difference": f"No difference between {self.model} and {self.rival} was found",
+            "not_comparable": f"{self.model} and {self.rival} are not comparable",
+        }
+        return f"{told[self.verdict]}: {self.reason}."
+
 
 @dataclasses.dataclass(frozen=True)
 class RunRecord(Artifact):

@@ -23,6 +23,9 @@ EXIT_INTERRUPTED = 130
 VERBS = {
     "convert": "Measure, allocate, quantize, judge and write the card.",
     "judge": "KL and agreement of a quantized model with its source.",
+    "compare": "Say whether one evaluated model is better than another.",
+    "card": "Write the model card from what was measured.",
+    "push": "Upload a model directory to the hub.",
     "baseline": "Write the uniform quantization that is not smaller than a model.",
     "measure": "Measure what every bit width costs for every matrix.",
     "plan": "Choose bits for a budget from one measurement.",

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from optiq.artifacts import BenchmarkComparison, Comparison, Overall, Verdict
-from optiq.errors import UsageError
+from optiq.evals.scores import Evaluated, Scores
 from optiq.evals.stats import (
     ALPHA,
     Floats,
@@ -28,61 +28,6 @@ from optiq.evals.stats import (
 RESAMPLES = 10_000
 _EQUAL_BYTES = 1.01
 _NAMED_PROBLEMS = 3
-
-
-@dataclasses.dataclass(frozen=True)
-class Scores:
-    """Scores of one benchmark, one of each item.
-
-    Attributes:
-        task: name of the benchmark.
-        version: version and variant; scores of two versions are not compared.
-        ids: of the items, none twice.
-        values: 0 to 1; NaN where the harness failed.
-    """
-
-    task: str
-    version: str
-    ids: tuple[str, ...]
-    values: tuple[float, ...]
-
-    @classmethod
-    def of(cls, task: str, version: str, samples: Iterable[tuple[str, float | None]]) -> Scores:
-        """Scores of samples: several of one item, as of several seeds, are averaged first.
-
-        Args:
-            task: name of the benchmark.
-            version: version and variant.
-            samples: id and score of every response; None where the harness failed.
-
-        Raises:
-            UsageError: for a score outside 0..1.
-        """
-        by_id: dict[str, list[float]] = {}
-        for name, score in samples:
-            if score is not None and not 0 <= score <= 1:
-                raise UsageError(
-                    f"item {name} of {task} has the score {score}; scores are 0 to 1: score the "
-                    f"responses again"
-                )
-            by_id.setdefault(name, []).append(math.nan if score is None else float(score))
-        means = tuple(math.fsum(scores) / len(scores) for scores in by_id.values())
-        return cls(task, version, tuple(by_id), means)
-
-
-@dataclasses.dataclass(frozen=True)
-class Evaluated:
-    """What is known of a model that was evaluated.
-
-    Attributes:
-        name: for tables.
-        size_bytes: of `model*.safetensors`; None where it is not known, as behind an URL.
-        scores: by name of the benchmark.
-    """
-
-    name: str
-    size_bytes: int | None
-    scores: Mapping[str, Scores]
 
 
 @dataclasses.dataclass(frozen=True)

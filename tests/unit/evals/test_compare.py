@@ -9,7 +9,8 @@ import pytest
 from bench.verdicts import FULL, LIMITED, PILOTS, rates, shift_for
 from optiq.artifacts import CAPABILITY, Comparison, Overall
 from optiq.errors import UsageError
-from optiq.evals.compare import Evaluated, Scores, compare, verdict
+from optiq.evals.compare import compare, verdict
+from optiq.evals.scores import Evaluated, Scores
 from optiq.evals.stats import mcnemar
 
 GB = 10**9
