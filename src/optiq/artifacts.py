@@ -409,6 +409,72 @@ class DomainFidelity:
 
 
 @dataclasses.dataclass(frozen=True)
+class PartFidelity:
+    """KL on a part of the positions.
+
+    Attributes:
+        part: what they have in common: `0-63` of their windows, or a language.
+        kl_nats_per_token: mean KL.
+        kl_se: its standard error, clustered by window; None for a single position.
+        num_tokens: positions.
+    """
+
+    part: str
+    kl_nats_per_token: float
+    kl_se: float | None
+    num_tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class WorstToken:
+    """A position where the model is far from its source.
+
+    Attributes:
+        domain: of its window.
+        position: in its window, from 0.
+        context: the text before, cut to its end.
+        following: the token that follows in the text; None at the end of a window.
+        kl_nats: KL at the position.
+        source_token: what the source holds most likely.
+        source_probability: how likely, 0..1.
+        model_token: what the model holds most likely.
+        model_probability: how likely, 0..1.
+    """
+
+    domain: str
+    position: int
+    context: str
+    following: str | None
+    kl_nats: float
+    source_token: str
+    source_probability: float
+    model_token: str
+    model_probability: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Depth:
+    """Where a model is far from its source (`optiq judge --deep`).
+
+    Attributes:
+        by_position: by position in the window, in doubling steps.
+        by_language: by language of the record, where records have one; else empty.
+        worst_share: share of all KL on the worst hundredth of the positions, 0..1.
+        tail_source: mean probability that the source gives to the tokens to which it gives less
+            than 1e-4 each.
+        tail_model: mean probability that the model gives to the same tokens.
+        worst: the positions with the largest KL, worst first.
+    """
+
+    by_position: tuple[PartFidelity, ...]
+    by_language: tuple[PartFidelity, ...]
+    worst_share: float
+    tail_source: float
+    tail_model: float
+    worst: tuple[WorstToken, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Fidelity(Artifact):
     """Agreement of a quantized model with its source on held-out text.
 
@@ -428,6 +494,7 @@ class Fidelity(Artifact):
         bpw: stored bits per weight.
         size_bytes: bytes of `model*.safetensors`.
         by_domain: the same by domain.
+        depth: where the divergence is, if it was asked for.
     """
 
     schema: ClassVar[str] = "optiq.fidelity"
@@ -447,6 +514,7 @@ class Fidelity(Artifact):
     size_bytes: int
     by_domain: tuple[DomainFidelity, ...]
     provenance: Provenance
+    depth: Depth | None = None
     schema_version: int = 1
 
 

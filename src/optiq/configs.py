@@ -172,6 +172,9 @@ class JudgeConfig:
     max_windows: int | None = option(
         None, "Judge at most this many windows, drawn evenly over the domains."
     )
+    deep: bool = option(
+        False, "Report KL by position and language too, and the worst tokens with their text."
+    )
 
     def __post_init__(self) -> None:
         """Refuse windows too short to score."""

@@ -54,7 +54,7 @@ def _about(found: Comparison, which: int) -> tuple[str, str]:
 
 def _rows(found: Comparison) -> list[tuple[str, ...]]:
     """A row a benchmark, and one for their mean."""
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (
             CAPABILITY.get(row.task, row.task),
             str(row.num_items),

@@ -54,7 +54,7 @@ def test_what_is_not_comparable_is_said(logs, capsys):
     assert "are not comparable: mmlu: items differ" in text
 
 
-def test_a_folder_without_logs(logs, tmp_path, capsys):
+def test_a_folder_without_logs(logs, capsys):
     (logs / "b" / "report.json").unlink()
     assert compare(logs) == 2
     assert "no finished logs" in capsys.readouterr().err
