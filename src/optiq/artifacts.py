@@ -11,6 +11,7 @@ import datetime
 import functools
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -335,6 +336,7 @@ class SensitivityTable(Artifact):
         calibration: name and hash of the calibration text.
         checks: reliability figures, such as `split_half`, `verify_spearman`, `verify_ratio`.
         provenance: versions and machine.
+        calibration_mix: calibration windows by domain.
     """
 
     schema: ClassVar[str] = "optiq.sensitivity"
@@ -348,6 +350,7 @@ class SensitivityTable(Artifact):
     calibration: str
     checks: dict[str, float]
     provenance: Provenance
+    calibration_mix: dict[str, int] = dataclasses.field(default_factory=dict)
     schema_version: int = 1
 
     @property
@@ -590,6 +593,12 @@ class BenchmarkComparison:
     mde_points: float
 
 
+def is_capability(rows: Sequence[BenchmarkScore] | Sequence[BenchmarkComparison]) -> bool:
+    """Whether the mean of some benchmarks is the Capability Score: of the six, and of no part."""
+    whole = all("partial" not in row.version.split("+") for row in rows)
+    return whole and {row.task for row in rows} == set(CAPABILITY)
+
+
 @dataclasses.dataclass(frozen=True)
 class Overall:
     """Two models over all benchmarks: the mean of the benchmarks' means.
@@ -643,8 +652,8 @@ class Comparison(Artifact):
 
     @property
     def is_capability(self) -> bool:
-        """Whether the mean is the Capability Score: that of all six benchmarks and no other."""
-        return {row.task for row in self.benchmarks} == set(CAPABILITY)
+        """Whether the mean is the Capability Score."""
+        return is_capability(self.benchmarks)
 
     @property
     def sentence(self) -> str:
@@ -666,12 +675,17 @@ class RunRecord(Artifact):
         date: UTC, ISO 8601.
         source_path: absolute path of a local source, else None.
         tokenizer: absolute path of the tokenizer directory that was given, else None.
+        options: words of the command line that ask for the same; of paths, the last part. None in
+            records of older versions.
+        license: of the source, as its card says: `license`, `license_name`, `license_link`.
     """
 
     schema: ClassVar[str] = "optiq.run"
     date: str
     source_path: str | None
     tokenizer: str | None
+    options: tuple[str, ...] | None = None
+    license: dict[str, str] = dataclasses.field(default_factory=dict)
     schema_version: int = 1
 
     @classmethod

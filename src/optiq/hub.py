@@ -50,6 +50,8 @@ _PATTERNS = [
     "*processor_config.json",
     "*.jinja",
     "*.txt",
+    "README.md",  # for the licence that it names
+    "LICENSE*",
 ]
 _IGNORED = ["*/*"]  # whatever lies in folders
 _PICKLES = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl"]
@@ -65,6 +67,16 @@ def looks_like_repo_id(text: str) -> bool:
     """Whether a text has the form of a hub id, `organization/name`."""
     well_formed = len(text) <= _MAX_ID_CHARS and _REPO_ID.fullmatch(text) is not None
     return well_formed and not re.search(r"--|\.\.|\.git$", text)
+
+
+def check_repo_id(text: str) -> None:
+    """Refuse what is no hub id.
+
+    Raises:
+        UsageError: if it is none.
+    """
+    if not looks_like_repo_id(text):
+        raise UsageError(f"'{text}' is no hub id; write organization/name")
 
 
 def fetch(repo_id: str, *, revision: str | None, offline: bool, emit: Emit) -> tuple[Path, str]:
@@ -88,8 +100,7 @@ def fetch(repo_id: str, *, revision: str | None, offline: bool, emit: Emit) -> t
             safetensors, or it is not in the cache and `offline` or HF_HUB_OFFLINE is set.
         EngineFailure: if the disk cannot hold it, or the hub fails or cannot be reached.
     """
-    if not looks_like_repo_id(repo_id):
-        raise UsageError(f"'{repo_id}' is no hub id; write organization/name")
+    check_repo_id(repo_id)
     endpoint = (settings.load().hub_endpoint or constants.ENDPOINT).rstrip("/")
     offline = offline or is_offline_mode()  # which the hub's library would enforce anyway
     with _explained(repo_id, revision, endpoint, offline):
