@@ -47,7 +47,7 @@ from optiq.quant.convert import write_model
 from optiq.quant.directory import check_output, finished_directory
 from optiq.quant.rounding import RoundedModel
 from optiq.quant.sensitivity import EFFORTS, measure_table
-from optiq.release import RIVAL, card, write_card
+from optiq.release import RIVAL, card, push, write_card
 from optiq.upstream import dense_float32, generate_text, load_quantized
 from optiq.work import digest, work_directory
 
@@ -64,6 +64,7 @@ __all__ = [
     "judge",
     "measure",
     "preflight",
+    "push",
 ]
 
 _MEASURE_VERSION = 1

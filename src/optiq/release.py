@@ -1,4 +1,4 @@
-"""A model directory that can be shown: its logs, pictures and card."""
+"""A model directory for others: its logs, pictures and card, and the way to the hub."""
 
 from __future__ import annotations
 
@@ -22,9 +22,11 @@ from optiq.configs import AllocateConfig
 from optiq.errors import UsageError
 from optiq.evals.compare import compare
 from optiq.evals.scores import LOGS, REPORT, logs_of, read_evaluated, summary
+from optiq.events import Emit, no_emit
+from optiq.hub_upload import Upload, planned, send
 from optiq.metadata import license_of
 from optiq.models.load import size_on_disk
-from optiq.models.safetensors_io import disk_failure
+from optiq.models.safetensors_io import disk_failure, read_headers
 from optiq.quant import plots
 from optiq.quant.allocate import pareto
 from optiq.quant.directory import MARK
@@ -195,3 +197,34 @@ def _draw(
         if name not in drawn:
             (model / file).unlink(missing_ok=True)
     return tuple(drawn)
+
+
+def push(
+    model: Path, repo: str, *, private: bool = False, upload: bool = False, emit: Emit = no_emit
+) -> Upload:
+    """Upload a model directory to the hub, or say what would be uploaded.
+
+    Args:
+        model: a directory that optiq wrote, with its card.
+        repo: `organization/name`; made if it is not there.
+        private: make it private.
+        upload: really do it; else nothing is asked of the network.
+        emit: receives progress.
+
+    Raises:
+        UsageError: if the directory is not whole or not ours, or the hub refuses.
+        EngineFailure: if the hub fails or cannot be reached.
+    """
+    if not (model / MARK).is_file():
+        raise UsageError(f"{model} was not written by optiq (it has no {MARK})")
+    again = "convert the model again"
+    for names, remedy in (
+        (("config.json",), again),
+        (("tokenizer.json", "tokenizer.model", "vocab.json"), again),
+        (("README.md",), "write its card with optiq card"),
+    ):
+        if not any((model / name).is_file() for name in names):
+            raise UsageError(f"{model} is not whole (it has no {names[0]}); {remedy}")
+    read_headers(model)  # refuses shards that are missing or cut short
+    plan = planned(model, repo, private=private)
+    return send(model, plan, emit) if upload else plan
