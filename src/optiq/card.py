@@ -17,6 +17,7 @@ from optiq.artifacts import (
     CAPABILITY,
     KEEP,
     LATTICE,
+    BenchmarkComparison,
     BenchmarkScore,
     BitPlan,
     Comparison,
@@ -148,81 +149,68 @@ def _metadata(facts: CardFacts) -> dict[str, Any]:
 
 
 def _benchmarks(facts: CardFacts) -> dict[str, str] | None:
-    """Table, what it says and how it was made; beside the baseline if there is one."""
-    if facts.comparison is not None and facts.comparison.benchmarks:
-        return _compared(facts.comparison)
+    """Table, verdict and how it was made; beside the baseline if there is one."""
     if not facts.scores:
         return None
-    columns = ("benchmark", "version", "items", "score, %")
-    rows: list[Row] = [
-        (
-            CAPABILITY.get(row.task, row.task),
-            row.version,
-            f"{row.num_items:,}",
-            f"{row.score_percent:.2f} ± {row.stderr_points:.2f}",
-        )
-        for row in facts.scores
-    ]
-    if is_capability(facts.scores):
-        mean = sum(row.score_percent for row in facts.scores) / len(rows)
-        stderr = math.hypot(*(row.stderr_points for row in facts.scores)) / len(rows)
-        rows.append(("**Capability Score**", "", "", f"**{mean:.2f}** ± {stderr:.2f}"))
-    note = "± is the standard error over the items."
-    return {"table": markdown_table(columns, rows), "verdict": "", "note": note}
+    found = facts.comparison
+    columns: Row = ("benchmark", "version", "items", "score, %")
+    if found is not None:
+        columns += (f"{found.rival}, %", "difference", "95% interval", "p")
+    beside = {row.task: row for row in found.benchmarks} if found else {}
+    rows = [_scored(row, beside.get(row.task), len(columns)) for row in facts.scores]
+    if is_capability(facts.scores) or (found is not None and found.overall is not None):
+        rows.append(_mean(facts, len(columns)))
+    return {
+        "table": markdown_table(columns, rows),
+        "verdict": dataclasses.replace(found, model="This model").sentence if found else "",
+        "note": "± is the standard error over the items." + (_tests(found) if found else ""),
+    }
 
 
-def _compared(found: Comparison) -> dict[str, str]:
-    columns = ("benchmark", "version", "items", "this model, %", f"{found.rival}, %")
-    rows: list[Row] = [
-        (
-            CAPABILITY.get(row.task, row.task),
-            row.version,
-            f"{row.num_items:,}",
-            f"{row.score_percent:.2f}",
-            f"{row.rival_percent:.2f}",
-            *_difference(row.delta_points, row.ci_points),
-            f"{row.p_holm:.2g}",
-        )
-        for row in found.benchmarks
-    ]
-    if found.overall is not None:
-        name = "Capability Score" if found.is_capability else f"mean of {len(rows)}"
-        rows.append(
-            (
-                f"**{name}**",
-                "",
-                "",
-                f"**{found.overall.score_percent:.2f}**",
-                f"{found.overall.rival_percent:.2f}",
-                *_difference(found.overall.delta_points, found.overall.ci_points),
-                f"{found.overall.p_value:.2g}",
-            )
-        )
+def _scored(score: BenchmarkScore, beside: BenchmarkComparison | None, width: int) -> Row:
+    """A benchmark, with the baseline where it can be compared."""
+    cells: Row = (
+        CAPABILITY.get(score.task, score.task),
+        score.version,
+        f"{score.num_items:,}",
+        f"{score.score_percent:.2f} ± {score.stderr_points:.2f}",
+    )
+    if beside is not None:
+        difference = _difference(beside.delta_points, beside.ci_points)
+        cells += (f"{beside.rival_percent:.2f}", *difference, f"{beside.p_holm:.2g}")
+    return cells + ("",) * (width - len(cells))
+
+
+def _mean(facts: CardFacts, width: int) -> Row:
+    """The Capability Score, or the mean of other benchmarks, with that of the baseline."""
+    number = len(facts.scores)
+    mean = sum(row.score_percent for row in facts.scores) / number
+    stderr = math.hypot(*(row.stderr_points for row in facts.scores)) / number
+    name = "Capability Score" if is_capability(facts.scores) else f"mean of {number}"
+    cells: Row = (f"**{name}**", "", "", f"**{mean:.2f}** ± {stderr:.2f}")
+    found = facts.comparison
+    if found is not None and found.overall is not None:
+        difference = _difference(found.overall.delta_points, found.overall.ci_points)
+        cells += (f"{found.overall.rival_percent:.2f}", *difference, f"{found.overall.p_value:.2g}")
+    return cells + ("",) * (width - len(cells))
+
+
+def _tests(found: Comparison) -> str:
+    """What was compared, and how."""
     sizes = [
         f"{name} takes {format_size(size)}"
-        for name, size in (
-            ("This model", found.size_bytes),
-            (found.rival, found.rival_size_bytes),
-        )
+        for name, size in (("This model", found.size_bytes), (found.rival, found.rival_size_bytes))
         if size is not None
     ]
-    note = (
-        f"{' and '.join(sizes)}{'. ' if sizes else ''}Both models answered the same items. "
-        f"The intervals are 95% "
-        f"paired bootstrap intervals ({found.resamples:,} samples), p is of McNemar's or the "
-        f"permutation test, of the benchmarks adjusted after Holm."
+    return (
+        f" {' and '.join(sizes)}{'. ' if sizes else ''}Differences are between answers to the same "
+        f"items; their 95% intervals are of the paired bootstrap ({found.resamples:,} samples), p "
+        f"of McNemar's test or of sign flips, of the benchmarks adjusted after Holm."
     )
-    table = markdown_table((*columns, "difference", "95% interval", "p"), rows)
-    return {"table": table, "verdict": _verdict(found), "note": note}
 
 
 def _difference(delta: float, ci: tuple[float, float]) -> Row:
     return f"{delta:+.2f}", f"{ci[0]:+.2f} to {ci[1]:+.2f}"
-
-
-def _verdict(found: Comparison) -> str:
-    named = dataclasses.replace(found, model="This model")
-    return named.sentence
 
 
 # -- fidelity ------------------------------------------------------------------------------------
@@ -297,8 +285,8 @@ def _details(facts: CardFacts) -> list[Row]:
         ("Size", f"{facts.size_bytes:,} bytes of `model*.safetensors`"),
     ]
     if groups:
-        sizes = ", ".join(f"{size} ({number} matrices)" for size, number in sorted(groups.items()))
-        rows.append(("Group sizes", sizes))
+        sizes = ", ".join(f"{size} in {number}" for size, number in sorted(groups.items()))
+        rows.append(("Group sizes", f"{sizes} matrices"))
     if table is not None:
         rows += _measured(table, len(plan.entries))
     for file, size_bytes in facts.side_models.items():

@@ -65,11 +65,11 @@ def card(
     """
     if not (model / MARK).is_file():
         raise UsageError(f"{model} was not written by optiq (it has no {MARK})")
-    add_logs(model, logs, baseline_logs)
+    _add_logs(model, logs, baseline_logs)
     return write_card(model, name or model.resolve().name)
 
 
-def add_logs(model: Path, logs: Path | None, baseline_logs: Path | None) -> None:
+def _add_logs(model: Path, logs: Path | None, baseline_logs: Path | None) -> None:
     """Copy logs into a model directory, in the place of older ones, and compare them.
 
     Args:
@@ -168,9 +168,11 @@ def _artifact(kind: type[A], path: Path) -> A | None:
 
 
 def _scores(model: Path) -> tuple[BenchmarkScore, ...]:
+    """Of the benchmarks whose items all have a score."""
     if not (model / LOGS / REPORT).is_file():
         return ()
-    return tuple(summary(scores) for scores in read_evaluated(model / LOGS).scores.values())
+    found = (summary(scores) for scores in read_evaluated(model / LOGS).scores.values())
+    return tuple(score for score in found if score is not None)
 
 
 def _draw(
@@ -184,7 +186,9 @@ def _draw(
     if plots.can_plot():
         plots.plot_plan(plan, model / PICTURES["bits"])
         drawn.append("bits")
-        curve = [] if table is None else pareto(table, AllocateConfig())
+        curve = []
+        if table is not None and table.method != "static":  # whose scores are no KL
+            curve = pareto(table, AllocateConfig())
         if any(point.predicted_kl > 0 for point in curve):
             names = ("this model", *(fidelity.model for fidelity in judged[1:]))
             points = [

@@ -74,18 +74,12 @@ class Evaluated:
     scores: Mapping[str, Scores]
 
 
-def summary(scores: Scores) -> BenchmarkScore:
-    """Mean and standard error over the items.
-
-    Raises:
-        UsageError: if an item has no score, or there is none.
-    """
+def summary(scores: Scores) -> BenchmarkScore | None:
+    """Mean and standard error over the items; None if some have no score, or there are none."""
     values = np.array(scores.values)
     if not len(values) or np.isnan(values).any():
-        raise UsageError(
-            f"{scores.task} has items without a score, because the harness failed on them; "
-            f"evaluate again"
-        )
+        return None
+    # of a single item nothing is known: 0.5 is the most that scores of 0 to 1 can spread
     spread = float(values.std(ddof=1)) if len(values) > 1 else 0.5
     return BenchmarkScore(
         task=scores.task,

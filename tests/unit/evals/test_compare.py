@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from bench.verdicts import FULL, LIMITED, PILOTS, rates, shift_for
+from bench.verdicts import FULL, LIMITED, rates, shift_for
 from optiq.artifacts import CAPABILITY, Comparison, Overall
 from optiq.errors import UsageError
 from optiq.evals.compare import compare, verdict
@@ -178,7 +178,7 @@ def test_a_model_against_itself_is_rarely_called_better_or_worse(sizes):
 
 def test_a_model_better_by_the_printed_mde_is_found_four_times_in_five():
     """200 pairs: two standard errors of the rate, and 0.02 for the normal approximation."""
-    mde = rates(FULL, 0.0, PILOTS, 100, seed=1)["mean_mde_points"]
+    mde = rates(FULL, 0.0, 50, 100, seed=1)["mean_mde_points"]
     shift = shift_for(mde, FULL, np.random.default_rng(2))
     found = rates(FULL, shift, pairs=200, resamples=1000, seed=3)
     assert abs(found["better"] - 0.8) <= 2 * math.sqrt(0.8 * 0.2 / 200) + 0.02
