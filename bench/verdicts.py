@@ -19,7 +19,7 @@ import numpy as np
 from scipy.optimize import brentq
 from scipy.special import expit, logit
 
-from optiq.artifacts import Comparison
+from optiq.eval_artifacts import Comparison
 from optiq.evals.compare import RESAMPLES, compare
 from optiq.evals.scores import Evaluated, Scores
 

@@ -13,18 +13,12 @@ from typing import Any
 import jinja2
 
 from optiq import metadata
-from optiq.artifacts import (
+from optiq.artifacts import KEEP, LATTICE, BitPlan, Fidelity, PlanEntry, SensitivityTable, Speed
+from optiq.eval_artifacts import (
     CAPABILITY,
-    KEEP,
-    LATTICE,
     BenchmarkComparison,
     BenchmarkScore,
-    BitPlan,
     Comparison,
-    Fidelity,
-    PlanEntry,
-    SensitivityTable,
-    Speed,
     is_capability,
 )
 from optiq.numerics.size import bpw, format_size

@@ -8,9 +8,7 @@ from typing import TypeVar
 
 from optiq.artifacts import (
     Artifact,
-    BenchmarkScore,
     BitPlan,
-    Comparison,
     Fidelity,
     RunRecord,
     SensitivityTable,
@@ -20,6 +18,7 @@ from optiq.artifacts import (
 from optiq.card import PICTURES, SIDE_MODELS, CardFacts, render
 from optiq.configs import AllocateConfig
 from optiq.errors import UsageError
+from optiq.eval_artifacts import BenchmarkScore, Comparison
 from optiq.evals.compare import compare
 from optiq.evals.scores import LOGS, REPORT, logs_of, read_evaluated, summary
 from optiq.events import Emit, no_emit

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from optiq.artifacts import CAPABILITY, RunRecord, SensitivityTable
+from optiq.artifacts import RunRecord, SensitivityTable
 from optiq.configs import AllocateConfig
+from optiq.eval_artifacts import CAPABILITY
 from optiq.quant.allocate import allocate
 from tests.unit.cli.fakes import make_fidelity, make_speed
 from tests.unit.evals.logs import write_logs

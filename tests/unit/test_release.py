@@ -12,9 +12,10 @@ import pytest
 import yaml
 
 from optiq import release
-from optiq.artifacts import Comparison, Fidelity
+from optiq.artifacts import Fidelity
 from optiq.cli.main import run
 from optiq.errors import ArtifactMismatch, UsageError
+from optiq.eval_artifacts import Comparison
 from optiq.quant import plots
 from tests.unit.directories import make_bare, make_logs, make_whole
 

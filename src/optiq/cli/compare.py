@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from optiq.artifacts import CAPABILITY, Comparison
 from optiq.cli import output
+from optiq.eval_artifacts import CAPABILITY, Comparison
 
 _COLUMNS = (
     *("benchmark", "items", "A %", "B %", "A - B", "95% interval", "gained", "lost"),

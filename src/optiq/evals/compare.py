@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from optiq.artifacts import BenchmarkComparison, Comparison, Overall, Verdict
+from optiq.eval_artifacts import BenchmarkComparison, Comparison, Overall, Verdict
 from optiq.evals.scores import Evaluated, Scores
 from optiq.evals.stats import (
     ALPHA,

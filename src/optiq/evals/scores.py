@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from optiq.artifacts import BenchmarkScore
 from optiq.errors import UsageError
+from optiq.eval_artifacts import BenchmarkScore
 
 LOGS = Path("optiq") / "evals"
 """Where a model directory keeps its logs."""

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from optiq.artifacts import CAPABILITY, Comparison
 from optiq.cli.main import run
+from optiq.eval_artifacts import CAPABILITY, Comparison
 from tests.unit.evals.logs import write_logs
 
 

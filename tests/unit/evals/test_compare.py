@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from bench.verdicts import FULL, LIMITED, rates, shift_for
-from optiq.artifacts import CAPABILITY, Comparison, Overall
 from optiq.errors import UsageError
+from optiq.eval_artifacts import CAPABILITY, Comparison, Overall
 from optiq.evals.compare import compare, verdict
 from optiq.evals.scores import Evaluated, Scores
 from optiq.evals.stats import mcnemar
