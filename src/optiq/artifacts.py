@@ -325,6 +325,7 @@ class SensitivityTable(Artifact):
         calibration: name and hash of the calibration text.
         checks: reliability figures, such as `split_half`, `verify_spearman`, `verify_ratio`.
         provenance: versions and machine.
+        calibration_mix: calibration windows by domain.
     """
 
     schema: ClassVar[str] = "optiq.sensitivity"
@@ -338,6 +339,7 @@ class SensitivityTable(Artifact):
     calibration: str
     checks: dict[str, float]
     provenance: Provenance
+    calibration_mix: dict[str, int] = dataclasses.field(default_factory=dict)
     schema_version: int = 1
 
     @property
@@ -399,6 +401,72 @@ class DomainFidelity:
 
 
 @dataclasses.dataclass(frozen=True)
+class PartFidelity:
+    """KL on a part of the positions.
+
+    Attributes:
+        part: what they have in common: `0-63` of their windows, or a language.
+        kl_nats_per_token: mean KL.
+        kl_se: its standard error, clustered by window; None for a single position.
+        num_tokens: positions.
+    """
+
+    part: str
+    kl_nats_per_token: float
+    kl_se: float | None
+    num_tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class WorstToken:
+    """A position where the model is far from its source.
+
+    Attributes:
+        domain: of its window.
+        position: in its window, from 0.
+        context: the text before, cut to its end.
+        following: the token that follows in the text; None at the end of a window.
+        kl_nats: KL at the position.
+        source_token: what the source holds most likely.
+        source_probability: how likely, 0..1.
+        model_token: what the model holds most likely.
+        model_probability: how likely, 0..1.
+    """
+
+    domain: str
+    position: int
+    context: str
+    following: str | None
+    kl_nats: float
+    source_token: str
+    source_probability: float
+    model_token: str
+    model_probability: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Depth:
+    """Where a model is far from its source (`optiq judge --deep`).
+
+    Attributes:
+        by_position: by position in the window, in doubling steps.
+        by_language: by language of the record, where records have one; else empty.
+        worst_share: share of all KL on the worst hundredth of the positions, 0..1.
+        tail_source: mean probability that the source gives to the tokens to which it gives less
+            than 1e-4 each.
+        tail_model: mean probability that the model gives to the same tokens.
+        worst: the positions with the largest KL, worst first.
+    """
+
+    by_position: tuple[PartFidelity, ...]
+    by_language: tuple[PartFidelity, ...]
+    worst_share: float
+    tail_source: float
+    tail_model: float
+    worst: tuple[WorstToken, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Fidelity(Artifact):
     """Agreement of a quantized model with its source on held-out text.
 
@@ -418,6 +486,7 @@ class Fidelity(Artifact):
         bpw: stored bits per weight.
         size_bytes: bytes of `model*.safetensors`.
         by_domain: the same by domain.
+        depth: where the divergence is, if it was asked for.
     """
 
     schema: ClassVar[str] = "optiq.fidelity"
@@ -437,6 +506,7 @@ class Fidelity(Artifact):
     size_bytes: int
     by_domain: tuple[DomainFidelity, ...]
     provenance: Provenance
+    depth: Depth | None = None
     schema_version: int = 1
 
 
@@ -601,12 +671,17 @@ class RunRecord(Artifact):
         date: UTC, ISO 8601.
         source_path: absolute path of a local source, else None.
         tokenizer: absolute path of the tokenizer directory that was given, else None.
+        options: words of the command line that ask for the same; of paths, the last part. None in
+            records of older versions.
+        license: of the source, as its card says: `license`, `license_name`, `license_link`.
     """
 
     schema: ClassVar[str] = "optiq.run"
     date: str
     source_path: str | None
     tokenizer: str | None
+    options: tuple[str, ...] | None = None
+    license: dict[str, str] = dataclasses.field(default_factory=dict)
     schema_version: int = 1
 
     @classmethod

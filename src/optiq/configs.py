@@ -35,6 +35,23 @@ def option(default: Any, help_text: str, **metadata: Any) -> Any:  # noqa: ANN40
     return dataclasses.field(default=default, metadata={"help": help_text, **metadata})
 
 
+def words_of(*configs: Any) -> tuple[str, ...]:  # noqa: ANN401  dataclasses of this file
+    """The words of a command line that ask for these options; of paths, the last part."""
+    words: list[str] = []
+    for config in configs:
+        for field in dataclasses.fields(config):
+            value = getattr(config, field.name)
+            flag = "--" + field.name.replace("_", "-")
+            if value == field.default:
+                continue
+            if value is True:
+                words.append(flag)
+                continue
+            for item in value if isinstance(value, tuple) else (value,):
+                words += [flag, item.name if isinstance(item, Path) else str(item)]
+    return tuple(words)
+
+
 def parse_size(text: str) -> int:
     """Bytes of `8.3GB` (10^9), `7.7GiB` (2^30) or a plain number.
 
@@ -171,6 +188,9 @@ class JudgeConfig:
     window: int = option(256, "Tokens of a window.")
     max_windows: int | None = option(
         None, "Judge at most this many windows, drawn evenly over the domains."
+    )
+    deep: bool = option(
+        False, "Report KL by position and language too, and the worst tokens with their text."
     )
 
     def __post_init__(self) -> None:

@@ -52,13 +52,15 @@ _PATTERNS = [
     "*processor_config.json",
     "*.jinja",
     "*.txt",
+    "README.md",  # for the licence that it names
+    "LICENSE*",
 ]
 _IGNORED = ["*/*"]  # whatever lies in folders
 _PICKLES = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl"]
 _NAME = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?"
 _REPO_ID = re.compile(rf"{_NAME}/{_NAME}")
 _MAX_ID_CHARS = 96
-_LOG_IN = "set HF_TOKEN or run 'hf auth login'"
+LOG_IN = "set HF_TOKEN or run 'hf auth login'"
 _STAGE = "download"
 _MB = 10**6
 
@@ -67,6 +69,21 @@ def looks_like_repo_id(text: str) -> bool:
     """Whether a text has the form of a hub id, `organization/name`."""
     well_formed = len(text) <= _MAX_ID_CHARS and _REPO_ID.fullmatch(text) is not None
     return well_formed and not re.search(r"--|\.\.|\.git$", text)
+
+
+def hub_endpoint() -> str:
+    """Address of the hub, without a slash at its end."""
+    return (settings.load().hub_endpoint or constants.ENDPOINT).rstrip("/")
+
+
+def check_repo_id(text: str) -> None:
+    """Refuse what is no hub id.
+
+    Raises:
+        UsageError: if it is none.
+    """
+    if not looks_like_repo_id(text):
+        raise UsageError(f"'{text}' is no hub id; write organization/name")
 
 
 def fetch(repo_id: str, *, revision: str | None, offline: bool, emit: Emit) -> tuple[Path, str]:
@@ -90,9 +107,8 @@ def fetch(repo_id: str, *, revision: str | None, offline: bool, emit: Emit) -> t
             safetensors, or it is not in the cache and `offline` or HF_HUB_OFFLINE is set.
         EngineFailure: if the disk cannot hold it, or the hub fails or cannot be reached.
     """
-    if not looks_like_repo_id(repo_id):
-        raise UsageError(f"'{repo_id}' is no hub id; write organization/name")
-    endpoint = (settings.load().hub_endpoint or constants.ENDPOINT).rstrip("/")
+    check_repo_id(repo_id)
+    endpoint = hub_endpoint()
     offline = offline or is_offline_mode()  # which the hub's library would enforce anyway
     with _explained(repo_id, revision, endpoint, offline):
         if offline:
@@ -285,20 +301,20 @@ def _explanation(
             return _refusal(page, error)
         case httpx.InvalidURL() | httpx.UnsupportedProtocol():
             return UsageError(
-                f"{endpoint} is no address of a hub ({_reason(error)}); set HF_ENDPOINT to one "
+                f"{endpoint} is no address of a hub ({reason(error)}); set HF_ENDPOINT to one "
                 f"such as https://huggingface.co, or unset it"
             )
         case httpx.HTTPError() | ConnectionError() | TimeoutError():
             return EngineFailure(
-                f"{endpoint} cannot be reached ({_reason(error)}); check the network and "
+                f"{endpoint} cannot be reached ({reason(error)}); check the network and "
                 f"HF_ENDPOINT, or use --offline with a model that is in the cache"
             )
         case OSError():
             return _disk_failure(page, error)
-    return EngineFailure(f"{page} could not be downloaded ({_reason(error)}); run again later")
+    return EngineFailure(f"{page} could not be downloaded ({reason(error)}); run again later")
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """What an error says, in one line."""
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
@@ -306,12 +322,11 @@ def _reason(error: BaseException) -> str:
 def _gated(repo_id: str, page: str) -> UsageError:
     if get_token() is None:
         return UsageError(
-            f"{repo_id} is gated and there is no token: accept its licence on {page}, then "
-            f"{_LOG_IN}"
+            f"{repo_id} is gated and there is no token: accept its licence on {page}, then {LOG_IN}"
         )
     return UsageError(
         f"{repo_id} is gated and the account of the token has no access: accept its licence on "
-        f"{page}, or {_LOG_IN} with another account"
+        f"{page}, or {LOG_IN} with another account"
     )
 
 
@@ -319,10 +334,10 @@ def _not_found(page: str) -> UsageError:
     if get_token() is None:
         return UsageError(
             f"there is no {page}, or it is private and there is no token: check the name, or "
-            f"{_LOG_IN}"
+            f"{LOG_IN}"
         )
     return UsageError(
-        f"there is no {page}, or the token has no access to it: check the name, or {_LOG_IN} with "
+        f"there is no {page}, or the token has no access to it: check the name, or {LOG_IN} with "
         f"another account"
     )
 
@@ -338,7 +353,7 @@ def _disk_failure(page: str, error: OSError) -> EngineFailure:
             f"the cache {cache} cannot be written ({error.strerror}); set HF_HOME to a place that "
             f"can"
         )
-    return EngineFailure(f"{page} could not be downloaded ({_reason(error)}); run again later")
+    return EngineFailure(f"{page} could not be downloaded ({reason(error)}); run again later")
 
 
 def _refusal(page: str, error: HfHubHTTPError) -> OptiqError:
@@ -347,10 +362,10 @@ def _refusal(page: str, error: HfHubHTTPError) -> OptiqError:
     if status == 404 or (status == 401 and get_token() is None):
         return _not_found(page)
     if status == 401:
-        return UsageError(f"the hub does not accept the token for {page}; {_LOG_IN} anew")
+        return UsageError(f"the hub does not accept the token for {page}; {LOG_IN} anew")
     if status == 403:
         return UsageError(
             f"the hub forbids access to {page}: accept its licence there if it is gated, and "
-            f"{_LOG_IN} with a token that may read it"
+            f"{LOG_IN} with a token that may read it"
         )
     return EngineFailure(f"the hub answered {page} with status {status}; try again later")

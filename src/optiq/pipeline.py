@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from optiq import card
 from optiq.artifacts import (
     Artifact,
     BitPlan,
@@ -21,7 +20,6 @@ from optiq.artifacts import (
     RunRecord,
     SensitivityTable,
     Speed,
-    write_atomic,
 )
 from optiq.backend import is_cpu
 from optiq.configs import (
@@ -33,6 +31,7 @@ from optiq.configs import (
     MeasureConfig,
     RunConfig,
     ServedConfig,
+    words_of,
 )
 from optiq.data.benchmarks import BenchmarkData
 from optiq.data.calibration import Record, Windows, builtin_records, read_records, windows
@@ -46,6 +45,7 @@ from optiq.evals.responses import rescore, response_file, score_responses
 from optiq.evals.run import Evaluation, estimate
 from optiq.evals.subjects.opening import open_subject
 from optiq.events import Emit, Notice, StageDone, no_emit
+from optiq.metadata import license_of
 from optiq.models.load import Source, load_tokenizer, open_source, read_config, size_on_disk
 from optiq.preflight import Preflight, preflight
 from optiq.quant import baseline as uniform
@@ -54,6 +54,7 @@ from optiq.quant.convert import write_model
 from optiq.quant.directory import check_output, finished_directory
 from optiq.quant.rounding import RoundedModel
 from optiq.quant.sensitivity import EFFORTS, measure_table
+from optiq.release import RIVAL, card, push, write_card
 from optiq.upstream import dense_float32, generate_text, load_quantized
 from optiq.work import digest, work_directory, work_root
 
@@ -65,6 +66,7 @@ __all__ = [
     "allocate",
     "baseline",
     "bench",
+    "card",
     "convert",
     "estimate",
     "evaluate",
@@ -76,6 +78,7 @@ __all__ = [
     "response_file",
     "rival_of",
     "score_responses",
+    "push",
 ]
 
 _MEASURE_VERSION = 1
@@ -227,8 +230,14 @@ def convert(  # noqa: PLR0913  the options of five stages
             if table is None or not missed or attempt == _KL_ATTEMPTS:
                 break
             plan = job.corrected(table, plan, budget, fidelity)
-        facts = card.CardFacts(out.name, plan, table, fidelity, tuple(rivals))
-        job.describe(facts, folder)
+        if table is not None:
+            table.save(folder / "optiq" / "sensitivity.json")
+        plan.save(folder / "optiq" / "plan.json")
+        fidelity.save(folder / "optiq" / "fidelity.json")
+        for found in rivals:
+            found.save(folder / RIVAL)
+        job.record(budget, options).save(folder / "optiq" / "run.json")
+        write_card(folder, out.name)
     job.clean()
     if missed:
         raise TargetMissed(
@@ -325,14 +334,17 @@ class _Conversion:
         aim = dataclasses.replace(budget, target_kl=_KL_MARGIN * budget.target_kl / off)
         return dataclasses.replace(allocate(table, aim), target=plan.target)
 
-    def describe(self, facts: card.CardFacts, folder: Path) -> None:
-        """Write the artifacts and the card."""
-        if facts.table is not None:
-            facts.table.save(folder / "optiq" / "sensitivity.json")
-        facts.plan.save(folder / "optiq" / "plan.json")
-        facts.fidelity.save(folder / "optiq" / "fidelity.json")
-        RunRecord.now(self.source.info.name, self.run.tokenizer).save(folder / "optiq" / "run.json")
-        write_atomic(folder / "README.md", card.render(facts).encode())
+    def record(self, budget: AllocateConfig, options: ConvertConfig) -> RunRecord:
+        """Date, options and licence of the run."""
+        kept = (
+            *(RunConfig(tokenizer=self.run.tokenizer), self.measure_config, budget),
+            *(dataclasses.replace(options, force=False), self.judge_config),
+        )
+        return dataclasses.replace(
+            RunRecord.now(self.source.info.name, self.run.tokenizer),
+            options=words_of(*kept),
+            license=license_of(self.source.path),
+        )
 
     def clean(self) -> None:
         """Delete the state that only an unfinished run needs."""
@@ -387,10 +399,11 @@ def _own_source(model: Path, run: RunConfig, emit: Emit) -> Source:
             f"{model} does not say what it was made from; give the source with --against"
         )
     plan = BitPlan.load(model / "optiq" / "plan.json")
-    record = RunRecord.load(model / "optiq" / "run.json")
-    ref = record.source_path or plan.source.name
+    path = model / "optiq" / "run.json"
+    record = RunRecord.load(path) if path.is_file() else None  # it is not uploaded
+    ref = (record and record.source_path) or plan.source.name
     revision = run.revision or plan.source.revision
-    tokenizer = run.tokenizer or (Path(record.tokenizer) if record.tokenizer else None)
+    tokenizer = run.tokenizer or (Path(record.tokenizer) if record and record.tokenizer else None)
     try:
         source = open_source(
             ref, dataclasses.replace(run, revision=revision, tokenizer=tokenizer), emit

@@ -42,6 +42,7 @@ WANTED = {
     "model.safetensors.index.json",
     "tokenizer.json",
     "chat_template.jinja",
+    "README.md",
 }
 
 

@@ -17,7 +17,7 @@ from optiq.configs import AllocateConfig, ConvertConfig, JudgeConfig, MeasureCon
 from optiq.errors import ArtifactMismatch, BudgetInfeasible, OptiqError, TargetMissed, UsageError
 from optiq.events import StageDone, no_emit
 from optiq.models.load import size_on_disk
-from optiq.quant import sensitivity
+from optiq.quant import plots, sensitivity
 from tests.tiny import tiny_checkpoint
 
 SMALL = sensitivity.Effort(window=32, num_windows=12, rounding_windows=16, verify_pairs=6)
@@ -27,6 +27,7 @@ JUDGE = JudgeConfig(window=32, max_windows=6)
 @pytest.fixture(autouse=True)
 def small_effort(monkeypatch):
     monkeypatch.setitem(sensitivity.EFFORTS, "quick", SMALL)
+    monkeypatch.setattr(plots, "can_plot", lambda: False)  # a second a card; see test_release
 
 
 @pytest.fixture(scope="module")
@@ -261,6 +262,32 @@ def test_judge_finds_the_source_again_and_says_when_it_is_gone(tmp_path, work, m
     moved.rename(source)
     with pytest.raises(ArtifactMismatch, match="no longer what"):
         pipeline.judge(release.path, config=JUDGE, run=work)
+
+
+def test_the_card_names_licence_command_and_rival(tmp_path, work):
+    source = tiny_checkpoint(tmp_path)
+    (source / "README.md").write_text("---\nlicense: other\nlicense_name: own\n---\n# tiny\n")
+    (source / "LICENSE").write_text("All rights kept")
+    release = convert(source, tmp_path / "out", work, rival=True)
+    text = release.card.read_text()
+    assert "license: other\nlicense_name: own\n" in text
+    assert (release.path / "LICENSE").read_text() == "All rights kept"
+    command = "optiq convert llama -o out --effort quick --target-bpw 4.5 --rival --window 32"
+    assert f"{command} --max-windows 6\n" in text
+    (rival,) = release.rivals
+    assert Fidelity.load(release.path / "optiq" / "rival.json") == rival
+    table = SensitivityTable.load(release.path / "optiq" / "sensitivity.json")
+    assert sum(table.calibration_mix.values()) == SMALL.num_windows
+    assert pipeline.card(release.path) == release.card
+    assert release.card.read_text() == text
+
+
+def test_a_downloaded_directory_is_judged_without_the_record_of_its_run(tmp_path, work):
+    source = tiny_checkpoint(tmp_path)
+    release = convert(source, tmp_path / "out", work)
+    (release.path / "optiq" / "run.json").unlink()
+    (found,) = pipeline.judge(release.path, config=JUDGE, run=work)
+    assert found.kl_nats_per_token == release.fidelity.kl_nats_per_token
 
 
 def test_judge_of_a_foreign_directory_needs_a_source(tiny_llama, tmp_path):

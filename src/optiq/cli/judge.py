@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from optiq.artifacts import Fidelity
+from optiq.artifacts import Depth, Fidelity, PartFidelity
 from optiq.cli import output
 from optiq.cli.options import ConfigCommand, Configs, config_options
 from optiq.configs import JudgeConfig, RunConfig
@@ -37,7 +37,8 @@ def command(
     """KL and agreement of MODEL with its source on held-out text.
 
     The text in the package is a quick judge, and its standard error is printed; for a claim give
-    text of your own with --text.
+    text of your own with --text. --deep shows where the two differ; --window 2048 and more need
+    long text.
     """
     from optiq import pipeline
 
@@ -57,6 +58,8 @@ def command(
     output.data("")
     output.data(output.table(_domains(fidelities[0]), ("domain", "KL nats/token", "SE", "top-1")))
     first = fidelities[0]
+    if first.depth is not None:
+        _show(first.depth)
     output.say(
         f"{first.num_tokens:,} tokens in {first.num_sequences} windows of {first.text}; "
         f"noise floor {first.noise_floor:.2g} nats/token"
@@ -90,4 +93,34 @@ def _domains(fidelity: Fidelity) -> list[tuple[str, ...]]:
             f"{100 * part.top1_agreement:.1f}%",
         )
         for part in fidelity.by_domain
+    ]
+
+
+def _show(depth: Depth) -> None:
+    """Where the model is far from its source."""
+    for name, parts in (("position", depth.by_position), ("language", depth.by_language)):
+        if parts:
+            output.data("")
+            output.data(output.table(_parts(parts), (name, "KL nats/token", "SE", "tokens")))
+    output.data("")
+    worst = f"{100 * depth.worst_share:.1f}% of all KL"
+    tail = f"{depth.tail_model:.3g} of the model, {depth.tail_source:.3g} of the source"
+    output.data(output.table([("worst 1% of positions", worst), ("probability in tail", tail)]))
+    output.data("")
+    for token in depth.worst:
+        said = f"{token.model_token!r} ({100 * token.model_probability:.0f}%)"
+        wanted = f"{token.source_token!r} ({100 * token.source_probability:.0f}%)"
+        output.data(f"{token.kl_nats:.3g} nats in {token.domain}: {said} for {wanted} after")
+        output.data(f"    {token.context!r}")
+
+
+def _parts(parts: tuple[PartFidelity, ...]) -> list[tuple[str, ...]]:
+    return [
+        (
+            part.part,
+            f"{part.kl_nats_per_token:.4g}",
+            "-" if part.kl_se is None else f"{part.kl_se:.1g}",
+            str(part.num_tokens),
+        )
+        for part in parts
     ]

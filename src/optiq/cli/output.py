@@ -83,7 +83,7 @@ def table(rows: Sequence[Row], columns: Row = ()) -> str:
 
 
 def _is_number(cell: str) -> bool:
-    return cell[:1].isdigit() or cell[:1] == "-"
+    return cell[:1].isdigit() or cell[:1] in {"-", "+"}
 
 
 def preflight(report: Preflight, *, dry_run: bool, as_json: bool) -> None:

@@ -50,11 +50,13 @@ class Windows:
     Attributes:
         tokens: (N, T) int32.
         domains: domain of each window, N of them; windows of a domain are neighbours.
+        records: (N, T) int32, number of the record that each token is of.
         digest: sha256 over the tokens, hex.
     """
 
     tokens: npt.NDArray[np.int32]
     domains: tuple[str, ...]
+    records: npt.NDArray[np.int32]
     digest: str
 
 
@@ -74,7 +76,7 @@ def read_records(path: Path) -> tuple[Record, ...]:
     """Records of a JSON lines file.
 
     Each line is an object with `text` (a string) or `messages` (OpenAI-style turns) and, if it
-    likes, `tools` and `domain` (default `text` or `chat`).
+    likes, `tools`, `domain` (default `text` or `chat`) and `language`.
 
     Raises:
         UsageError: if the file cannot be read or is empty, or a line is not of that form; names the
@@ -117,6 +119,8 @@ def _rows(text: str, where: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _record(row: dict[str, Any], domain: str, where: str) -> Record:
     language = row.get("language")
+    if language is not None and (not isinstance(language, str) or not language):
+        raise UsageError(f"{where}: 'language' must be a word such as 'en', not {language!r}")
     if ("text" in row) == ("messages" in row):
         both = "both 'text' and" if "text" in row else "neither 'text' nor"
         raise UsageError(f"{where} has {both} 'messages'; give one of them")
@@ -228,20 +232,21 @@ def windows(
         UsageError: if the text is too short for a window, or the chat template refuses a record.
     """
     bos = tokenizer.bos_token_id if needs_bos(tokenizer, config) else None
-    by_domain: dict[str, list[Record]] = {}
-    for record in records:
-        by_domain.setdefault(record.domain, []).append(record)
+    by_domain: dict[str, list[tuple[int, Record]]] = {}
+    for number, record in enumerate(records):
+        by_domain.setdefault(record.domain, []).append((number, record))
     body = window if bos is None else window - 1
     pieces: list[npt.NDArray[np.int32]] = []
     total = 0
     for domain, members in by_domain.items():
         stream = _stream(domain, members, tokenizer, bos, seed)
-        total += len(stream)
-        num_windows = len(stream) // body
-        piece = stream[: num_windows * body].reshape(num_windows, body)
-        if bos is not None:
-            piece = np.insert(piece, 0, bos, axis=1)
-        pieces.append(piece)
+        total += stream.shape[1]
+        num_windows = stream.shape[1] // body
+        piece = stream[:, : num_windows * body].reshape(2, num_windows, body)
+        if bos is not None:  # it counts as of the record that it stands before
+            heads = np.stack([np.full(num_windows, bos, np.int32), piece[1, :, 0]])
+            piece = np.concatenate([heads[:, :, None], piece], axis=2)
+        pieces.append(piece.swapaxes(0, 1))
     shares = _even_shares([len(piece) for piece in pieces], count)
     if sum(shares) == 0:
         raise UsageError(
@@ -249,30 +254,38 @@ def windows(
             f"window takes at least {body} of one domain: give more text or a shorter window"
         )
     chosen = [piece[:share] for piece, share in zip(pieces, shares, strict=True)]
-    tokens = np.ascontiguousarray(np.concatenate(chosen), dtype=np.int32)
+    tokens, owners = np.ascontiguousarray(np.concatenate(chosen).swapaxes(0, 1), dtype=np.int32)
     named = zip(by_domain, shares, strict=True)
     domains = itertools.chain.from_iterable([domain] * share for domain, share in named)
     digest = hashlib.sha256(repr(tokens.shape).encode() + tokens.astype("<i4").tobytes())
-    return Windows(tokens, tuple(domains), digest.hexdigest())
+    return Windows(tokens, tuple(domains), owners, digest.hexdigest())
 
 
 def _stream(
-    domain: str, records: Sequence[Record], tokenizer: TokenizerWrapper, bos: int | None, seed: int
+    domain: str,
+    members: Sequence[tuple[int, Record]],
+    tokenizer: TokenizerWrapper,
+    bos: int | None,
+    seed: int,
 ) -> npt.NDArray[np.int32]:
-    """Tokens of the shuffled records, one after the other, without the BOS at their heads."""
+    """Shuffled records of a domain, one after the other, without the BOS at their heads.
+
+    Returns:
+        (2, T): tokens, and the number of the record that each is of.
+    """
     key = hashlib.sha256(f"{seed}\0{domain}".encode()).digest()
-    order = np.random.default_rng(list(key)).permutation(len(records))
-    parts = [np.zeros(0, np.int32)]
+    order = np.random.default_rng(list(key)).permutation(len(members))
+    parts = [np.zeros((2, 0), np.int32)]
     for index in order:
-        record = records[index]
+        number, record = members[index]
         if record.text is None:
             ids = render(tokenizer, record.messages, record.tools)
         else:
             ids = tokenizer.encode(record.text + "\n\n", add_special_tokens=False)
         if bos is not None and ids[:1] == [bos]:
             ids = ids[1:]
-        parts.append(np.asarray(ids, np.int32))
-    return np.concatenate(parts)
+        parts.append(np.stack([np.asarray(ids, np.int32), np.full(len(ids), number, np.int32)]))
+    return np.concatenate(parts, axis=1)
 
 
 def _even_shares(available: Sequence[int], count: int | None) -> list[int]:

@@ -2,11 +2,12 @@
 
 Both models are streamed block by block over the same windows, in float32 and with dense weights, so
 that only the rounding of the weights is measured. Then their heads are held together and the logits
-are compared window by window.
+are compared a piece of a window at a time: no more of them is ever held.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,14 +19,23 @@ from optiq.artifacts import DomainFidelity, Fidelity
 from optiq.backend import compute_dtype, mx
 from optiq.configs import JudgeConfig
 from optiq.data.calibration import Record, Windows, windows
-from optiq.errors import EngineFailure, UsageError
+from optiq.errors import EngineFailure, UnsupportedModel, UsageError
+from optiq.evals.depth import depth
 from optiq.evals.provenance import provenance
-from optiq.events import Emit, Progress, StageDone, StageStarted, no_emit, track
-from optiq.models.load import Source, open_quantized, size_on_disk, stored_bpw
+from optiq.events import Emit, Notice, Progress, StageDone, StageStarted, no_emit, track
+from optiq.models.head import head_of
+from optiq.models.load import (
+    Source,
+    context_length,
+    open_quantized,
+    size_on_disk,
+    stored_bpw,
+)
 from optiq.models.stream import StreamedModel
 from optiq.numerics.divergence import Divergence, clustered_mean, divergence
 
 _FLOOR_WINDOWS = 4
+_MOST_LOGITS = 1 << 26  # of a model at a time: 268 MB; 256 positions of a large vocabulary
 _SEED = 0
 
 
@@ -67,20 +77,14 @@ def judge_many(
         where half precision is not to be trusted, in float32 with another number of rows a product.
 
     Raises:
-        UsageError: if a directory is no quantized form of the source, or the text is too short.
+        UsageError: if a directory is no quantized form of the source, the text is too short, or the
+            window is longer than the model's context.
         EngineFailure: if a model gives logits that are not finite.
 
     Cost: one forward pass of the source and of each model. Memory of one block, or of two heads and
-        the logits of one window; the activations of two models on disk.
+        67M logits of each; the activations of two models on disk.
     """
-    chosen = windows(
-        records,
-        source.tokenizer,
-        source.config,
-        window=config.window,
-        count=config.max_windows,
-        seed=_SEED,
-    )
+    chosen = _chosen(records, source, config, emit)
     opened = [_opened(path, source) for path in models]
     reference = _stream(source, chosen.tokens, work)
     _forward(reference, emit, f"source on {len(chosen.tokens)} windows")
@@ -92,9 +96,46 @@ def judge_many(
         rows = [slice(i, i + 1) for i in range(stream.num_sequences)]
         found = _compare(reference, stream, rows, rows, emit)
         stream.close()
-        results.append(_fidelity(path, source, config, chosen, found, floor))
+        result = _fidelity(path, source, config, chosen, found, floor)
+        if config.deep:
+            languages = [record.language for record in records]
+            where = depth(found, chosen, languages, source.tokenizer)
+            result = dataclasses.replace(result, depth=where)
+        results.append(result)
     reference.close()
     return results
+
+
+def _chosen(records: Sequence[Record], source: Source, config: JudgeConfig, emit: Emit) -> Windows:
+    """The windows to judge on.
+
+    Raises:
+        UsageError: if they are longer than the context or the text.
+    """
+    context = context_length(source.config)
+    if context is not None and config.window > context:
+        raise UsageError(
+            f"--window {config.window} is longer than the {context} tokens that "
+            f"{source.info.name} can read; give at most {context}"
+        )
+    chosen = windows(
+        records,
+        source.tokenizer,
+        source.config,
+        window=config.window,
+        count=config.max_windows,
+        seed=_SEED,
+    )
+    left_out = set(dict.fromkeys(record.domain for record in records)) - set(chosen.domains)
+    if left_out:
+        emit(
+            Notice(
+                f"not judged, for want of a window of text or of --max-windows: "
+                f"{', '.join(sorted(left_out))}",
+                "warning",
+            )
+        )
+    return chosen
 
 
 def _opened(path: Path, source: Source) -> Source:
@@ -159,17 +200,30 @@ def _compare(
 
     Raises:
         EngineFailure: if logits are not finite.
+        UnsupportedModel: if a window must be cut and the logits depend on more than their position.
     """
     reference.load_ends()
     other.load_ends()
-    parts = []
+    window = reference.window
+    step = min(window, max(1, _MOST_LOGITS // head_of(reference.source.modules).shape[0]))
+    parts: list[Divergence] = []
     pairs = list(zip(rows, other_rows, strict=True))
     for row, other_row in track(pairs, emit, "compare", len(pairs), "windows"):
-        tokens = reference.tokens[row]
-        parts.append(divergence(_logits(reference, row), _logits(other, other_row), tokens))
+        ours, theirs = _LastOutputs(reference, row), _LastOutputs(other, other_row)
+        if step < window and not parts:
+            ours.check_cut(step)
+        pieces = [
+            divergence(
+                ours.logits(slice(start, start + step)),
+                theirs.logits(slice(start, start + step)),
+                reference.tokens[row, start : start + step + 1],
+            )
+            for start in range(0, window, step)
+        ]
+        parts.append(_joined(pieces, axis=1))
     reference.drop_ends()
     other.drop_ends()
-    found = Divergence(*(np.concatenate(part) for part in zip(*parts, strict=True)))
+    found = _joined(parts, axis=0)
     if not np.isfinite(found.kl).all():
         raise EngineFailure(
             f"{reference.source.info.name} or {other.source.info.name} gives logits that are not "
@@ -178,8 +232,40 @@ def _compare(
     return found
 
 
-def _logits(stream: StreamedModel, row: slice) -> mx.array:
-    return stream.logits(row, [stream.fetch(link)[row] for link in stream.outputs()])
+def _joined(parts: Sequence[Divergence], axis: int) -> Divergence:
+    return Divergence(*(np.concatenate(column, axis) for column in zip(*parts, strict=True)))
+
+
+class _LastOutputs:
+    """What the head of a model that has run reads of some windows."""
+
+    def __init__(self, stream: StreamedModel, row: slice) -> None:
+        self._stream, self._row = stream, row
+        self._outputs = [stream.fetch(link)[row] for link in stream.outputs()]
+
+    def logits(self, positions: slice) -> mx.array:
+        """Logits at some positions."""
+        window = self._stream.window
+        cut = [
+            array[:, positions] if array.ndim > 1 and array.shape[1] == window else array
+            for array in self._outputs
+        ]
+        return self._stream.logits(self._row, cut, positions)
+
+    def check_cut(self, at: int) -> None:
+        """Refuse a head whose logits at a position depend on others.
+
+        Raises:
+            UnsupportedModel: if they do.
+        """
+        before, after = slice(at - 1, at), slice(at, at + 1)
+        whole = self.logits(slice(at - 1, at + 1))
+        halves = mx.concatenate([self.logits(before), self.logits(after)], axis=1)
+        if not mx.allclose(whole, halves, rtol=1e-3, atol=1e-3, equal_nan=True).item():
+            raise UnsupportedModel(
+                "the logits of this model at one position depend on other positions, so a window "
+                "cannot be judged in pieces; give a shorter --window"
+            )
 
 
 def _fidelity(

@@ -205,6 +205,16 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
+def context_length(config: dict[str, Any]) -> int | None:
+    """Tokens that a model was made to read at most, as config.json says; None if it does not."""
+    text = config.get("text_config")
+    for part in (text if isinstance(text, dict) else {}, config):
+        for key in ("max_position_embeddings", "n_positions", "max_sequence_length", "n_ctx"):
+            if type(part.get(key)) is int and part[key] > 0:
+                return int(part[key])
+    return None
+
+
 def _imported(path: Path, tokenizer: Path | None, emit: Emit) -> Path:
     """Directory made of a GGUF file, from the cache when it is there and whole."""
     with path.open("rb") as file:

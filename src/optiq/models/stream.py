@@ -417,12 +417,15 @@ class StreamedModel:
         """Links of the floating outputs of the last block, which the head reads."""
         return [link for link in self.calls[-1].outputs() if link.is_differentiable]
 
-    def logits(self, rows: slice, outputs: Sequence[mx.array]) -> mx.array:
+    def logits(
+        self, rows: slice, outputs: Sequence[mx.array], positions: slice = slice(None)
+    ) -> mx.array:
         """What the model makes of the last block's outputs: (n, T, V); the ends must be loaded.
 
         Args:
             rows: the sequences.
-            outputs: arrays for `outputs()`, sliced to those rows.
+            outputs: arrays for `outputs()`, sliced to those rows and positions.
+            positions: of the sequences; the logits of each must depend on no other.
         """
         size = len(range(*rows.indices(self.num_sequences)))
         given = dict(zip(self.outputs(), outputs, strict=True))
@@ -433,7 +436,7 @@ class StreamedModel:
         def drive(index: int, args: Tree, kwargs: Tree) -> Tree:  # noqa: ARG001  any block
             return self.calls[index].stand_ins(size, fill)
 
-        return self._drive(self.tokens[rows], drive)
+        return self._drive(self.tokens[rows, positions], drive)
 
     def _check_head(self) -> None:
         """Refuse a model whose logits need more of the blocks than what the last one returns."""

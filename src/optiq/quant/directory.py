@@ -25,6 +25,8 @@ _SIDE_FILES = (
     "added_tokens.json",
     "chat_template*",
     "generation_config.json",
+    "LICENSE*",
+    "NOTICE*",
 )
 _STORED = {
     mx.bfloat16: "BF16",
@@ -82,7 +84,7 @@ def finished_directory(out: Path, *, replace: bool = False) -> Generator[Path]:
 
 
 def copy_side_files(source: Source, folder: Path) -> None:
-    """Copy tokenizer, chat template and generation config of a source into a model directory."""
+    """Copy tokenizer, template, generation config and licence of a source into a directory."""
     for origin in dict.fromkeys((source.path, source.tokenizer_path)):
         for pattern in _SIDE_FILES:
             for file in sorted(origin.glob(pattern)):

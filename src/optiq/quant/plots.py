@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
+import importlib.util
 import io
 import math
 import re
@@ -113,14 +114,26 @@ def pareto_rows(points: Sequence[ParetoPoint]) -> list[tuple[str, ...]]:
     ]
 
 
-def plot_pareto(points: Sequence[ParetoPoint], path: Path) -> None:
-    """Draw predicted KL (log scale) against stored bits per weight.
+@dataclasses.dataclass(frozen=True)
+class MeasuredPoint:
+    """A model that was judged: its name, stored bits per weight, and KL in nats per token."""
+
+    name: str
+    bpw: float
+    kl_nats_per_token: float
+
+
+def plot_pareto(
+    points: Sequence[ParetoPoint], path: Path, measured: Sequence[MeasuredPoint] = ()
+) -> None:
+    """Draw predicted KL (log scale) against stored bits per weight and bytes.
 
     Points without KL have no place on the scale and are left out.
 
     Args:
         points: the curve.
         path: `.svg` or `.png` file to write.
+        measured: models of the same source to mark beside it.
 
     Raises:
         UsageError: for another suffix, if matplotlib is missing, or if no point has a KL.
@@ -132,10 +145,16 @@ def plot_pareto(points: Sequence[ParetoPoint], path: Path) -> None:
     megabytes = np.array([point.model_bytes for point in drawn]) / 1e6
     with _figure(path, (6.4, 4.0)) as figure:
         axes = figure.add_subplot()
-        axes.plot(x, [point.predicted_kl for point in drawn], marker="o", markersize=3)
+        curve = [point.predicted_kl for point in drawn]
+        axes.plot(x, curve, marker="o", markersize=3, label="predicted")
+        for model in measured:
+            if model.kl_nats_per_token > 0:
+                axes.plot(model.bpw, model.kl_nats_per_token, "*", markersize=11, label=model.name)
+        if measured:
+            axes.legend()
         axes.set_yscale("log")
         axes.set_xlabel("stored bits per weight")
-        axes.set_ylabel("predicted KL (nats per token)")
+        axes.set_ylabel(f"{'' if measured else 'predicted '}KL (nats per token)")
         axes.grid(visible=True, color="#dddddd", linewidth=0.6)
         if len(drawn) > 1:
             slope, offset = np.polyfit(x, megabytes, 1)  # exact: the rest of the file is constant
@@ -191,6 +210,11 @@ def plot_plan(plan: BitPlan, path: Path) -> None:
         bar = figure.colorbar(image, ticks=range(len(_WIDTHS)), pad=0.01)
         bar.ax.set_yticklabels([str(width) for width in _WIDTHS])
         bar.set_label("bits (in a cell: group size, L: lattice)")
+
+
+def can_plot() -> bool:
+    """Whether matplotlib is there."""
+    return importlib.util.find_spec("matplotlib") is not None
 
 
 @contextlib.contextmanager

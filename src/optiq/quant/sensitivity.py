@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +109,7 @@ def measure_table(
         calibration=windows.digest,
         checks=checks,
         provenance=provenance,
+        calibration_mix=dict(Counter(windows.domains)) if config.method != "static" else {},
     )
     if config.verify and config.method == "fisher":
         exact = ExactScores(source, windows.tokens, work / "exact", config.rounding)

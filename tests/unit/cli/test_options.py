@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from optiq.cli import toml
 from optiq.cli.main import VERBS, run
 from optiq.cli.options import SECTIONS, Configs, config_options, flag_name
-from optiq.configs import AllocateConfig, MeasureConfig, RunConfig
+from optiq.configs import AllocateConfig, MeasureConfig, RunConfig, words_of
 from optiq.errors import UsageError
 
 
@@ -127,3 +127,14 @@ def test_flags_and_file_agree(seed, effort, verify, tmp_path_factory):
     words = [flag_name("seed"), str(seed), flag_name("effort"), effort]
     words += [flag_name("verify")] if verify else []
     assert parse(*words)[MeasureConfig] == parse("--config", str(file))[MeasureConfig]
+
+
+def test_the_words_of_a_configuration_ask_for_the_same():
+    """Only what differs from the defaults, in a form that the command line takes."""
+    measure = MeasureConfig(effort="quick", calibration=Path("/home/me/own.jsonl"), verify=True)
+    allocate = AllocateConfig(target_bpw=4.5, pin=("*.o_proj=6/64", "lm_head=bf16"))
+    assert words_of(RunConfig(), measure, allocate) == (
+        *("--effort", "quick", "--calibration", "own.jsonl", "--verify", "--target-bpw", "4.5"),
+        *("--pin", "*.o_proj=6/64", "--pin", "lm_head=bf16"),
+    )
+    assert words_of(RunConfig(), MeasureConfig(), AllocateConfig()) == ()

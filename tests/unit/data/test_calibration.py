@@ -99,6 +99,8 @@ def chat(**message):
         ),
         (chat(role="user", content="a") | {"tools": {"name": "f"}}, "'tools' must be a list"),
         (chat(role="user", content="a") | {"tools": [{"name": "f"}]}, "'tools' must be a list"),
+        ({"text": "a", "language": ["en"]}, "'language' must be a word"),
+        ({"text": "a", "language": ""}, "'language' must be a word"),
     ],
 )
 def test_bad_lines_are_named(tmp_path, line, reason):
@@ -173,6 +175,23 @@ def test_bos_is_needed_where_the_tokenizer_adds_it(tiny_tokenizer):
     assert needs_bos(tiny_tokenizer, {"model_type": "gemma4_text"})
     tokens = cut([Record("a", "d", text="a" * 60)], AddsBos()).tokens
     assert (tokens == BOS).sum(axis=1).tolist() == [1] * 4
+
+
+@pytest.mark.parametrize("config", [LLAMA, GEMMA])
+def test_every_token_has_its_record(tiny_tokenizer, config):
+    letters = "abcde"
+    records = [
+        Record(letter, domain, text=letter * size)
+        for letter, domain, size in zip(letters, "xxyxy", (30, 7, 40, 25, 40), strict=True)
+    ]
+    out = cut(records, tiny_tokenizer, config)
+    assert out.records.shape == out.tokens.shape
+    for row, owners in zip(out.tokens, out.records, strict=True):
+        for position, (token, owner) in enumerate(zip(row, owners, strict=True)):
+            if token == BOS:
+                assert (position, owner) == (0, owners[1])
+            elif (text := tiny_tokenizer.decode([int(token)])).strip():
+                assert text == letters[owner]
 
 
 def test_count_is_spread_evenly(tiny_tokenizer):

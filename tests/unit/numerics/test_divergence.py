@@ -45,6 +45,56 @@ def test_equals_the_oracle(seed, noise):
     np.testing.assert_allclose(found.nll_q, wanted[3], rtol=0, atol=rounding)
 
 
+def softmax(logits):
+    e = np.exp(logits - logits.max(-1, keepdims=True), dtype=np.float64)
+    return e / e.sum(-1, keepdims=True)
+
+
+@pytest.mark.parametrize("noise", [1e-3, 0.3, 3.0, 40.0])
+def test_top_tokens_and_tails_equal_the_oracle(noise):
+    p, q, tokens = logits(3, noise, (2, 9, 300))
+    found = compare(p, q, tokens)
+    p, q = softmax(p), softmax(q)
+    np.testing.assert_array_equal(found.top_p, p.argmax(-1))
+    np.testing.assert_array_equal(found.top_q, q.argmax(-1))
+    np.testing.assert_allclose(found.sure_p, p.max(-1), rtol=1e-4)
+    np.testing.assert_allclose(found.sure_q, q.max(-1), rtol=1e-3)
+    tail = p < module.TAIL
+    assert tail.any(axis=-1).all()
+    np.testing.assert_allclose(found.tail_p, (p * tail).sum(-1), rtol=1e-4)
+    np.testing.assert_allclose(found.tail_q, (q * tail).sum(-1), rtol=1e-3, atol=1e-7)
+
+
+def test_tokens_may_hold_the_one_that_follows():
+    p, q, tokens = logits(0, 0.3)
+    whole = compare(p, q, tokens)
+    parts = [compare(p[:, :4], q[:, :4], tokens[:, :5]), compare(p[:, 4:], q[:, 4:], tokens[:, 4:])]
+    for name, column in whole._asdict().items():
+        joined = np.concatenate([getattr(part, name) for part in parts], axis=1)
+        np.testing.assert_array_equal(joined, column)
+
+
+def test_a_mean_over_some_positions_is_clustered_by_window():
+    rng = np.random.default_rng(0)
+    values = rng.uniform(size=(5, 12)).astype(np.float32)
+    member = rng.uniform(size=(5, 12)) < 0.5
+    member[3] = False
+    found = clustered_mean(values, member)
+    rows = [values[i][member[i]].astype(np.float64) for i in (0, 1, 2, 4)]
+    count = sum(map(len, rows))
+    mean = sum(map(np.sum, rows)) / count
+    squares = sum((row.sum() - mean * len(row)) ** 2 for row in rows)
+    assert found.mean == pytest.approx(mean)
+    assert found.stderr == pytest.approx(np.sqrt(squares * 4 / 3) / count)
+    assert clustered_mean(values, np.ones_like(member)) == pytest.approx(clustered_mean(values))
+    one = np.zeros_like(member)
+    one[2, 3] = True
+    assert clustered_mean(values, one).mean == pytest.approx(values[2, 3])
+    assert np.isnan(clustered_mean(values, one).stderr)
+    one[2, 4] = True
+    assert clustered_mean(values, one).stderr > 0
+
+
 def test_a_tiny_kl_keeps_its_digits():
     p, q, tokens = logits(0, 1e-4, (4, 16, 2000))
     wanted = oracle(p, q, tokens)[0].mean()

@@ -1,6 +1,7 @@
 """Pictures are written, equal for equal input, and refused in words; rows add up."""
 
 import importlib
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from optiq.quant.allocate import ParetoPoint, allocate, pareto
 from optiq.quant.plots import (
     PARETO_COLUMNS,
     PLAN_COLUMNS,
+    MeasuredPoint,
     pareto_rows,
     plan_rows,
     plot_pareto,
@@ -50,6 +52,14 @@ def test_plan_without_layers(tmp_path: Path):
 def test_single_point(tmp_path: Path):
     plot_pareto([ParetoPoint(4.5, 10**6, 0.1)], tmp_path / "a.svg")
     assert (tmp_path / "a.svg").exists()
+
+
+def test_measured_models_are_marked_by_name(tmp_path: Path):
+    marked = [MeasuredPoint("this model", 4.5, 0.02), MeasuredPoint("no KL", 16.0, 0.0)]
+    plot_pareto(POINTS, tmp_path / "a.svg", marked)
+    labels = re.findall("<!-- (.*?) -->", (tmp_path / "a.svg").read_text())
+    assert {"predicted", "this model", "KL (nats per token)"} <= set(labels)
+    assert "no KL" not in labels
 
 
 def test_nothing_to_draw(tmp_path: Path):

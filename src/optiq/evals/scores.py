@@ -1,0 +1,174 @@
+"""Scores of a model by item, as logs of `optiq eval` hold them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from optiq.errors import UsageError
+from optiq.eval_artifacts import BenchmarkScore
+
+LOGS = Path("optiq") / "evals"
+"""Where a model directory keeps its logs."""
+REPORT = "report.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """Scores of one benchmark, one of each item.
+
+    Attributes:
+        task: name of the benchmark.
+        version: version and variant; scores of two versions are not compared.
+        ids: of the items, none twice.
+        values: 0 to 1; NaN where the harness failed.
+    """
+
+    task: str
+    version: str
+    ids: tuple[str, ...]
+    values: tuple[float, ...]
+
+    @classmethod
+    def of(cls, task: str, version: str, samples: Iterable[tuple[str, float | None]]) -> Scores:
+        """Scores of samples: several of one item, as of several seeds, are averaged first.
+
+        Args:
+            task: name of the benchmark.
+            version: version and variant.
+            samples: id and score of every response; None where the harness failed.
+
+        Raises:
+            UsageError: for a score outside 0..1.
+        """
+        by_id: dict[str, list[float]] = {}
+        for name, score in samples:
+            if score is not None and not 0 <= score <= 1:
+                raise UsageError(
+                    f"item {name} of {task} has the score {score}; scores are 0 to 1: score the "
+                    f"responses again"
+                )
+            by_id.setdefault(name, []).append(math.nan if score is None else float(score))
+        means = tuple(math.fsum(scores) / len(scores) for scores in by_id.values())
+        return cls(task, version, tuple(by_id), means)
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluated:
+    """What is known of a model that was evaluated.
+
+    Attributes:
+        name: for tables.
+        size_bytes: of `model*.safetensors`; None where it is not known, as behind an URL.
+        scores: by name of the benchmark.
+    """
+
+    name: str
+    size_bytes: int | None
+    scores: Mapping[str, Scores]
+
+
+def summary(scores: Scores) -> BenchmarkScore | None:
+    """Mean and standard error over the items; None if some have no score, or there are none."""
+    values = np.array(scores.values)
+    if not len(values) or np.isnan(values).any():
+        return None
+    # of a single item nothing is known: 0.5 is the most that scores of 0 to 1 can spread
+    spread = float(values.std(ddof=1)) if len(values) > 1 else 0.5
+    return BenchmarkScore(
+        task=scores.task,
+        version=scores.version,
+        num_items=len(values),
+        score_percent=100 * float(values.mean()),
+        stderr_points=100 * spread / math.sqrt(len(values)),
+    )
+
+
+def logs_of(path: Path) -> Path:
+    """The folder with the logs that a user names by itself or by its model directory.
+
+    Raises:
+        UsageError: if there is none.
+    """
+    for folder in (path, path / LOGS):
+        if (folder / REPORT).is_file():
+            return folder
+    raise UsageError(
+        f"{path} holds no finished logs ({REPORT}); give a folder that `optiq eval -o` wrote, or a "
+        f"model directory with logs in {LOGS}"
+    )
+
+
+def read_evaluated(path: Path, tasks: Iterable[str] = ()) -> Evaluated:
+    """Scores from logs.
+
+    Args:
+        path: a folder of logs, or a model directory that has one.
+        tasks: benchmarks that are wanted; none: all.
+
+    Raises:
+        UsageError: if there are no logs, they cannot be read, or lack a benchmark that is wanted.
+    """
+    folder = logs_of(path)
+    report = _object(folder / REPORT)
+    found = report.get("benchmarks")
+    if not isinstance(found, dict) or not found:
+        raise UsageError(f"{folder / REPORT} lists no benchmarks; evaluate again")
+    chosen = tuple(tasks) or tuple(found)
+    for task in chosen:
+        if task not in found:
+            raise UsageError(f"{folder} has no results of '{task}'; it has {', '.join(found)}")
+    size_bytes = report.get("size_bytes")
+    return Evaluated(
+        name=str(report.get("model") or folder.name),
+        size_bytes=size_bytes if type(size_bytes) is int else None,
+        scores={
+            task: Scores.of(task, _version(found[task], task, folder), _samples(folder, task))
+            for task in chosen
+        },
+    )
+
+
+def _version(entry: object, task: str, folder: Path) -> str:
+    version = entry.get("version") if isinstance(entry, dict) else None
+    if not isinstance(version, str):
+        raise UsageError(f"{folder / REPORT} names no version of {task}; evaluate again")
+    return version
+
+
+def _samples(folder: Path, task: str) -> Iterator[tuple[str, float | None]]:
+    """Id and score of every response of a log."""
+    path = folder / f"{task}.jsonl"
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} cannot be read ({error}); evaluate again") from None
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            name, score = row["id"], row["score"]
+        except (ValueError, KeyError, TypeError):
+            raise UsageError(
+                f"{path}, line {number} is no response with 'id' and 'score'; evaluate again"
+            ) from None
+        if score is not None and not isinstance(score, int | float):
+            raise UsageError(f"{path}, line {number} has the score {score!r}; it must be a number")
+        yield str(name), None if score is None else float(score)
+
+
+def _object(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"{path} cannot be read as JSON ({error}); evaluate again") from None
+    if not isinstance(data, dict):
+        raise UsageError(f"{path} is not a JSON object; evaluate again")
+    return data
