@@ -5,7 +5,7 @@ Nothing of it is replaced; only public functions and classes are used.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -38,8 +38,14 @@ __all__ = [
 ]
 
 
-def build_model(config: dict[str, Any]) -> nn.Module:
-    """The module tree of a config, with mlx-lm's own (random, unevaluated) parameters.
+def build_model(
+    config: dict[str, Any], own: Callable[[dict[str, Any]], nn.Module] | None = None
+) -> nn.Module:
+    """The module tree of a config, with its own (random, unevaluated) parameters.
+
+    Args:
+        config: of a model.
+        own: makes the tree of a model type that mlx-lm does not have.
 
     Raises:
         UnsupportedModel: if mlx-lm has no such `model_type`, or the config lacks what it needs or
@@ -53,16 +59,10 @@ def build_model(config: dict[str, Any]) -> nn.Module:
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise UnsupportedModel("config.json has no model_type; give a Hugging Face model directory")
-    try:
-        model_class, args_class = _get_classes(config)
-    except ValueError:
-        raise UnsupportedModel(
-            f"model_type '{model_type}' is not supported by the installed mlx-lm; update mlx-lm "
-            f"or use another source"
-        ) from None
+    make = own or _maker(config, model_type)
     _check_blocks(config, model_type)
     try:
-        return cast(nn.Module, model_class(args_class.from_dict(config)))
+        return make(config)
     except (
         TypeError,
         LookupError,
@@ -78,6 +78,18 @@ def build_model(config: dict[str, Any]) -> nn.Module:
             f"config.json of model_type '{model_type}' is not complete or has values that no model "
             f"can have ({reason}); get it again"
         ) from None
+
+
+def _maker(config: dict[str, Any], model_type: str) -> Callable[[dict[str, Any]], nn.Module]:
+    """What makes mlx-lm's tree of a config."""
+    try:
+        model_class, args_class = _get_classes(config)
+    except ValueError:
+        raise UnsupportedModel(
+            f"model_type '{model_type}' is not supported by the installed mlx-lm; update mlx-lm "
+            f"or use another source"
+        ) from None
+    return lambda config: cast(nn.Module, model_class(args_class.from_dict(config)))
 
 
 def _check_blocks(config: dict[str, Any], model_type: str) -> None:
