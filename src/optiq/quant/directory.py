@@ -25,6 +25,7 @@ _SIDE_FILES = (
     "added_tokens.json",
     "chat_template*",
     "generation_config.json",
+    "*processor_config.json",
 )
 _STORED = {
     mx.bfloat16: "BF16",
@@ -82,7 +83,7 @@ def finished_directory(out: Path, *, replace: bool = False) -> Generator[Path]:
 
 
 def copy_side_files(source: Source, folder: Path) -> None:
-    """Copy tokenizer, chat template and generation config of a source into a model directory."""
+    """Copy tokenizer, chat template, processor and generation config of a source."""
     for origin in dict.fromkeys((source.path, source.tokenizer_path)):
         for pattern in _SIDE_FILES:
             for file in sorted(origin.glob(pattern)):

@@ -117,7 +117,8 @@ class Gemma4:
     def embed(self, tokens: mx.array) -> mx.array:
         """Scaled embeddings of tokens, as the first layer and the drafter take them: (..., H)."""
         rows: mx.array = self.text.embed_tokens(tokens)
-        return rows * self.text.embed_scale
+        scale: float = self.text.embed_scale
+        return rows * scale
 
     def hidden(
         self,
