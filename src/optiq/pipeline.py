@@ -147,7 +147,20 @@ def _measured(
 
     table = stage(SensitivityTable, work / f"sensitivity-{key}.json", emit, make)
     shutil.rmtree(folder, ignore_errors=True)
+    emit(Notice(_about_grids(table)))
     return table
+
+
+def _about_grids(table: SensitivityTable) -> str:
+    """What the weights of a source say about how it was trained."""
+    found = [m.lattice for m in table.modules if m.lattice.kind != "none"]
+    if not found:
+        return "no matrix lies on a 4-bit grid, so all of them are rounded"
+    exact = sum(lattice.exact for lattice in found)
+    return (
+        f"{len(found)} of {len(table.modules)} matrices lie on a 4-bit grid, {exact} of them "
+        "exactly; their grid can be kept at 5.0 stored bits a weight"
+    )
 
 
 def _table_options(config: MeasureConfig) -> tuple[object, ...]:
