@@ -14,7 +14,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from optiq.errors import UsageError
 
 MAX_PIXELS = 64_000_000
-_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO")
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO")
 _ADDRESS = re.compile(r"data:|[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 _DAMAGE = (
     OSError,
