@@ -64,7 +64,7 @@ __all__ = [
     "preflight",
 ]
 
-_MEASURE_VERSION = 1
+_MEASURE_VERSION = 2
 _ROUND_VERSION = 1
 _KL_ATTEMPTS = 4
 _KL_MARGIN = 0.93
