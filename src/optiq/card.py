@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jinja2
 
-from optiq.artifacts import BitPlan, Fidelity, SensitivityTable, Speed
+from optiq.artifacts import Acceptance, BitPlan, Fidelity, SensitivityTable, Speed
 from optiq.numerics.size import bpw, format_size
 
 
@@ -35,8 +35,24 @@ class CardFacts:
     speed: Speed | None = None
 
 
-def render(facts: CardFacts) -> str:
-    """The card, as Markdown with the metadata block of the model hub."""
+@dataclasses.dataclass(frozen=True)
+class DrafterFacts:
+    """What the card of a drafter is written from.
+
+    Attributes:
+        name: name of the directory.
+        plan: bits of every matrix.
+        acceptance: how often it is right, if its target was there.
+        size_bytes: bytes of its weight files.
+    """
+
+    name: str
+    plan: BitPlan
+    acceptance: Acceptance | None
+    size_bytes: int
+
+
+def _template(name: str) -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("optiq", "."),
         undefined=jinja2.StrictUndefined,
@@ -45,15 +61,51 @@ def render(facts: CardFacts) -> str:
         keep_trailing_newline=True,
         autoescape=False,
     )
+    return environment.get_template(name)
+
+
+def render_drafter(facts: DrafterFacts) -> str:
+    """The card of a drafter, as Markdown with the metadata block of the model hub."""
+    found = facts.acceptance
+    rows = [] if found is None else list(_acceptance_rows(found))
+    return _template("drafter.md.jinja").render(
+        facts=facts,
+        plan=facts.plan,
+        source_name=_source_name(facts.plan),
+        source_size=format_size(facts.plan.source.size_bytes),
+        model_size=format_size(facts.size_bytes),
+        options=_by_option(facts.plan),
+        acceptance=found,
+        rows=rows,
+    )
+
+
+def _acceptance_rows(found: Acceptance) -> Iterator[tuple[int, int, str, str]]:
+    """Number of the draft, drafts that counted, its share of right ones, and the source's."""
+    columns = (found.tried, found.accepted, found.source_tried, found.source_accepted)
+    for number, (tried, right, theirs, theirs_right) in enumerate(zip(*columns, strict=True), 1):
+        yield number, tried, _share(right, tried), _share(theirs_right, theirs)
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.1f}%" if whole else "none tried"
+
+
+def _source_name(plan: BitPlan) -> str:
+    return plan.source.name if plan.source.revision else Path(plan.source.name).name
+
+
+def render(facts: CardFacts) -> str:
+    """The card, as Markdown with the metadata block of the model hub."""
     plan = facts.plan
     matrices = len(plan.entries)
     on_grid = [m for m in facts.table.modules if m.lattice.kind != "none"] if facts.table else []
-    return environment.get_template("card.md.jinja").render(
+    return _template("card.md.jinja").render(
         facts=facts,
         plan=plan,
         fidelity=facts.fidelity,
         speed=facts.speed,
-        source_name=plan.source.name if plan.source.revision else Path(plan.source.name).name,
+        source_name=_source_name(plan),
         source_size=format_size(plan.source.size_bytes),
         model_size=format_size(facts.fidelity.size_bytes),
         options=_by_option(plan),

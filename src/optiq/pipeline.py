@@ -10,14 +10,16 @@ import dataclasses
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from optiq import card
 from optiq.artifacts import (
+    Acceptance,
     Artifact,
     BitPlan,
     Fidelity,
     QuantOption,
+    Rounding,
     RunRecord,
     SensitivityTable,
     Speed,
@@ -36,16 +38,18 @@ from optiq.data.calibration import Record, Windows, builtin_records, read_record
 from optiq.data.chat import prompt as chat_prompt
 from optiq.errors import ArtifactMismatch, TargetMissed, UsageError
 from optiq.evals import bench as speed
+from optiq.evals.acceptance import judge_drafter
 from optiq.evals.fidelity import judge_many
 from optiq.evals.provenance import provenance
 from optiq.events import Emit, Notice, StageDone, no_emit
+from optiq.models.families import check_standalone, is_drafter
 from optiq.models.load import Source, load_tokenizer, open_source, read_config, size_on_disk
 from optiq.preflight import Preflight, preflight
 from optiq.quant import baseline as uniform
 from optiq.quant.allocate import allocate
 from optiq.quant.convert import write_model
 from optiq.quant.directory import check_output, finished_directory
-from optiq.quant.rounding import RoundedModel
+from optiq.quant.rounding import RoundedModel, round_without_data
 from optiq.quant.sensitivity import EFFORTS, measure_table
 from optiq.upstream import dense_float32, generate_text, load_quantized
 from optiq.work import digest, work_directory
@@ -78,16 +82,18 @@ class Release:
     Attributes:
         path: the directory.
         plan: bits of every matrix.
-        fidelity: agreement with the source on held-out text.
+        fidelity: agreement with the source on held-out text; None for a drafter.
         rivals: the same of the uniform rival, if it was asked for.
         card: the card's path.
+        acceptance: of a drafter whose target was given.
     """
 
     path: Path
     plan: BitPlan
-    fidelity: Fidelity
+    fidelity: Fidelity | None
     rivals: tuple[Fidelity, ...]
     card: Path
+    acceptance: Acceptance | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +137,26 @@ def measure(
     Cost: see `quant.sensitivity.measure_table`. A killed run goes on at the block it was at.
     """
     run = run or RunConfig()
-    return _measured(open_source(source, run, emit), config or MeasureConfig(), run, emit)
+    opened = open_source(source, run, emit)
+    return _measured(opened, _possible(config or MeasureConfig(), opened, emit), run, emit)
+
+
+def _possible(config: MeasureConfig, source: Source, emit: Emit) -> MeasureConfig:
+    """How a source is measured: a drafter, which cannot run alone, by its weights."""
+    if not is_drafter(source.config):
+        return config
+    if config.verify:
+        raise UsageError("--verify runs the model, and a drafter does not run alone; leave it out")
+    rounding = "rtn" if config.rounding == "rtn" else "search"
+    emit(
+        Notice(
+            "a drafter does not run alone, so its matrices are scored without data (static) and "
+            f"rounded by '{rounding}'"
+        )
+    )
+    return dataclasses.replace(
+        config, method="static", reference="source", rounding=cast(Rounding, rounding)
+    )
 
 
 def _measured(
@@ -219,6 +244,8 @@ def convert(  # noqa: PLR0913  the options of five stages
     opened = open_source(source, run, emit)
     job = _Conversion(opened, out, measure or MeasureConfig(), judge or JudgeConfig(), run, emit)
     table, plan = job.planned(options, budget)
+    if is_drafter(opened.config):
+        return job.drafter(table, plan, options)
     with finished_directory(out, replace=options.force) as folder:
         for attempt in range(1, _KL_ATTEMPTS + 1):
             fidelity, *rivals = job.written(plan, folder, rival=options.rival)
@@ -250,7 +277,8 @@ class _Conversion:
         emit: Emit,
     ) -> None:
         self.source, self.out, self.run, self.emit = source, out, run, emit
-        self.measure_config, self.judge_config = measure, judge
+        self.measure_config = _possible(measure, source, emit)
+        self.judge_config = judge
         self.work = work_directory(source, run)
         self.text = calibration_windows(source, measure, EFFORTS[measure.effort].rounding_windows)
         self.heldout = heldout_records(judge)
@@ -309,6 +337,36 @@ class _Conversion:
         self._folders.append(state)
         return [dataclasses.replace(f, model=m) for f, m in zip(found, models, strict=True)]
 
+    def drafter(
+        self, table: SensitivityTable | None, plan: BitPlan, options: ConvertConfig
+    ) -> Release:
+        """The release of a drafter, which is judged by how often its target agrees."""
+        if options.rival:
+            raise UsageError(
+                "--rival compares models that run alone; leave it out for a drafter, and give "
+                "--drafter-target to measure its acceptance"
+            )
+        state = self.work / f"round-{digest(_ROUND_VERSION, self.source.info, plan.entries)}"
+        state.mkdir(parents=True, exist_ok=True)
+        self._folders.append(state)
+        acceptance = None
+        with finished_directory(self.out, replace=options.force) as folder:
+            file = state / "rounded.safetensors"
+            rounded = round_without_data(self.source, plan, file, self.emit)
+            write_model(self.source, plan, rounded, folder, self.emit)
+            if options.drafter_target is not None:
+                target, text = options.drafter_target, self.heldout
+                found = judge_drafter(
+                    folder, self.source, target, text, self.judge_config, self.emit
+                )
+                acceptance = dataclasses.replace(found, drafter=self.out.name)
+                acceptance.save(folder / "optiq" / "acceptance.json")
+            self._describe(table, plan, folder)
+            facts = card.DrafterFacts(self.out.name, plan, acceptance, size_on_disk(folder))
+            write_atomic(folder / "README.md", card.render_drafter(facts).encode())
+        self.clean()
+        return Release(self.out, plan, None, (), self.out / "README.md", acceptance)
+
     def corrected(
         self, table: SensitivityTable, plan: BitPlan, budget: AllocateConfig, found: Fidelity
     ) -> BitPlan:
@@ -326,12 +384,16 @@ class _Conversion:
 
     def describe(self, facts: card.CardFacts, folder: Path) -> None:
         """Write the artifacts and the card."""
-        if facts.table is not None:
-            facts.table.save(folder / "optiq" / "sensitivity.json")
-        facts.plan.save(folder / "optiq" / "plan.json")
+        self._describe(facts.table, facts.plan, folder)
         facts.fidelity.save(folder / "optiq" / "fidelity.json")
-        RunRecord.now(self.source.info.name, self.run.tokenizer).save(folder / "optiq" / "run.json")
         write_atomic(folder / "README.md", card.render(facts).encode())
+
+    def _describe(self, table: SensitivityTable | None, plan: BitPlan, folder: Path) -> None:
+        """Write what was measured and chosen, and from what."""
+        if table is not None:
+            table.save(folder / "optiq" / "sensitivity.json")
+        plan.save(folder / "optiq" / "plan.json")
+        RunRecord.now(self.source.info.name, self.run.tokenizer).save(folder / "optiq" / "run.json")
 
     def clean(self) -> None:
         """Delete the state that only an unfinished run needs."""
@@ -371,7 +433,7 @@ def judge(
     """
     config, run = config or JudgeConfig(), run or RunConfig()
     for path in (model, *baselines):
-        read_config(path)
+        check_standalone(read_config(path))
     source = open_source(against, run, emit) if against else _own_source(model, run, emit)
     paths = [model, *baselines]
     return judge_many(
@@ -429,6 +491,7 @@ def baseline(
 
 def bench(model: Path, config: BenchConfig | None = None, emit: Emit = no_emit) -> Speed:
     """Prefill and decode speed of a model directory; see `evals.bench.bench`."""
+    check_standalone(read_config(model))
     return speed.bench(model, config or BenchConfig(), emit)
 
 
@@ -452,6 +515,7 @@ def generate(
     if not prompt.strip():
         raise UsageError("the prompt is empty; give some text")
     config = read_config(model)
+    check_standalone(config)
     tokenizer = load_tokenizer(model, config)
     ids = tokenizer.encode(prompt) if raw else chat_prompt(tokenizer, prompt)
     loaded, _ = load_quantized(model)

@@ -32,6 +32,7 @@ __all__ = [
     "build_model",
     "dense_float32",
     "generate_text",
+    "load_as",
     "load_config",
     "load_quantized",
     "tokenizer_of",
@@ -109,6 +110,34 @@ def load_quantized(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     """Model and config of an MLX directory as stock mlx-lm loads it, weights unevaluated."""
     model, config = load_model(path, lazy=True)
     return model, config
+
+
+def load_as(
+    path: Path, config: dict[str, Any], own: Callable[[dict[str, Any]], nn.Module] | None
+) -> nn.Module:
+    """The tree of a directory, quantized or not, with its weights, unevaluated.
+
+    Args:
+        path: the directory.
+        config: takes the place of its config.json.
+        own: makes the tree of a model type that mlx-lm does not have.
+    """
+
+    class Given:
+        """Stands where mlx-lm has a class of arguments."""
+
+        @classmethod
+        def from_dict(cls, _: dict[str, Any]) -> dict[str, Any]:
+            return config
+
+    if own is None:
+        model, _ = load_model(path, lazy=True, model_config=config)
+    else:
+        classes: Any = (own, Given)
+        model, _ = load_model(
+            path, lazy=True, model_config=config, get_model_classes=lambda config: classes
+        )
+    return model
 
 
 def dense_float32(model: nn.Module) -> nn.Module:

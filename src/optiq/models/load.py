@@ -21,11 +21,11 @@ from optiq.backend import load_arrays, mx, nn
 from optiq.configs import RunConfig
 from optiq.errors import UnsupportedModel, UsageError
 from optiq.events import Emit, Notice, no_emit
-from optiq.models.families import build_tree, normalized
+from optiq.models.families import build_tree, family_of, normalized
 from optiq.models.gguf import IMPORT_VERSION, damaged_files, import_gguf
 from optiq.models.modules import find_modules, parameters_of
 from optiq.models.safetensors_io import disk_failure, fingerprint, read_headers
-from optiq.upstream import TokenizerWrapper, load_config, tokenizer_of
+from optiq.upstream import TokenizerWrapper, load_as, load_config, tokenizer_of
 
 _DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
 
@@ -328,6 +328,25 @@ def _check_strict(
                 f"'{name}' of {ref} has shape {list(given[name])}, the config asks for "
                 f"{list(shape)}"
             )
+
+
+def load_tree(path: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """The module tree of a model directory and its config, as `read_config` gives it.
+
+    Returns:
+        The tree, quantized as the directory is, weights unevaluated; a source, too, in whatever
+        form its config is, and a drafter.
+
+    Raises:
+        UsageError: if it is no model that can be loaded.
+    """
+    config = read_config(path)
+    family = family_of(config)
+    try:
+        return load_as(path, config, family.build if family else None), config
+    except (ValueError, LookupError, TypeError, OSError, RuntimeError) as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise UsageError(f"{path} cannot be loaded ({reason}); get the model again") from None
 
 
 def open_quantized(path: Path) -> Source:

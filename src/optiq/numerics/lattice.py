@@ -179,8 +179,8 @@ def find_lattice(w: mx.array, dtype: mx.Dtype, sample_rows: int = 32) -> Lattice
     Returns:
         The grid with its report. `exact`: the float32 product, rounded to the source dtype, equals
         the source everywhere. Near: the values are within 0.05 d of a grid; what storing scale and
-        bias in `dtype` adds is left to the scores. Up to a tenth of the blocks may be off the grid; they
-        get the min/max grid.
+        bias in `dtype` adds is left to the scores. Up to a tenth of the blocks may be off the grid;
+        they get the min/max grid.
 
     Cost: some 100 passes over the sample; over the matrix only when it is on a grid.
     """

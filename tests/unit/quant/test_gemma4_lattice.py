@@ -46,8 +46,6 @@ def originals(opened):
     return {m.path + ".weight": opened.weights()[m.path + ".weight"] for m in opened.modules}
 
 
-
-
 def test_every_matrix_is_bit_exact_at_5_bits(gemma_release):
     assert gemma_release.plan.bpw == 5.0
     assert {entry.option.key for entry in gemma_release.plan.entries} == {"lattice"}

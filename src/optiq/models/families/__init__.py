@@ -84,14 +84,19 @@ def build_tree(config: Config) -> nn.Module:
     return build_model(config, family.build if family else None)
 
 
+def is_drafter(config: Config) -> bool:
+    """Whether a model only drafts for another one."""
+    family = family_of(config)
+    return family is not None and family.drafter
+
+
 def check_standalone(config: Config) -> None:
     """Refuse a model that only drafts for another one.
 
     Raises:
         UsageError: for a drafter.
     """
-    family = family_of(config)
-    if family is not None and family.drafter:
+    if is_drafter(config):
         raise UsageError(
             f"a {config['model_type']} drafts for a target and generates nothing alone; load the "
             "target and pass it as drafter="

@@ -72,7 +72,12 @@ class Model(nn.Module):
         return self.model.layers
 
     def __call__(
-        self, embedded: mx.array, hidden: mx.array, shared: Mapping[str, KeyValues], position: int
+        self,
+        embedded: mx.array,
+        hidden: mx.array,
+        shared: Mapping[str, KeyValues],
+        position: int | mx.array,
+        masks: Mapping[str, mx.array] | None = None,
     ) -> Draft:
         """One draft step.
 
@@ -80,13 +85,16 @@ class Model(nn.Module):
             embedded: (B, 1, H) of the target: its scaled embedding of the last token.
             hidden: (B, 1, H) of the target: its state after the final norm at the position that
                 predicted that token; from the second step on, `Draft.hidden` of the step before.
-            shared: keys and values of the target by kind of layer, all of them visible.
-            position: of the query, the same for all steps of a round.
+            shared: keys and values of the target by kind of layer.
+            position: of the query, the same for all steps of a round; one for all sequences, or
+                (B,) int32.
+            masks: (B, 1, 1, keys) bool by kind of layer, where not all keys are visible.
         """
         h = self.pre_projection(mx.concatenate([embedded, hidden.astype(embedded.dtype)], axis=-1))
         for layer in self.layers:
             kv = shared[layer.layer_type]
-            h, _, _ = layer(h, None, None, shared_kv=(kv.keys, kv.values), offset=position)
+            mask = None if masks is None else masks[layer.layer_type]
+            h, _, _ = layer(h, mask, None, shared_kv=(kv.keys, kv.values), offset=position)
         h = self.model.norm(h)
         return Draft(self.model.embed_tokens.as_linear(h), self.post_projection(h))
 

@@ -2,7 +2,6 @@
 
 import itertools
 
-import numpy as np
 import pytest
 
 from optiq.backend import mx
@@ -122,7 +121,7 @@ def test_what_can_be_quantized_in_a_drafter():
     assert {m.role for m in modules} == {"linear", "embedding"}
 
 
-def test_configs_of_drafters(tmp_path):
+def test_configs_of_drafters():
     raw = source(ASSISTANT).config
     text = {k: v for k, v in raw["text_config"].items() if k != "num_kv_shared_layers"}
     bare = {k: v for k, v in raw.items() if k != "backbone_hidden_size"} | {"text_config": text}

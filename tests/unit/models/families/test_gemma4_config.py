@@ -138,7 +138,7 @@ def test_configs_with_values_of_another_kind(config):
         normalized(config)
 
 
-def test_other_families_are_left_alone(tmp_path):
+def test_other_families_are_left_alone():
     config = tiny_config("llama")
     assert normalized(config) is config
     assert family_of({"model_type": 3}) is None
