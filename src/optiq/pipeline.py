@@ -242,6 +242,11 @@ def convert(  # noqa: PLR0913  the options of five stages
     budget, run = allocate or AllocateConfig(), run or RunConfig()
     check_output(out, force=options.force)
     opened = open_source(source, run, emit)
+    if options.drafter_target is not None and not is_drafter(opened.config):
+        raise UsageError(
+            f"--drafter-target is for drafters, and {source} is a {opened.info.model_type}; leave "
+            "it out"
+        )
     job = _Conversion(opened, out, measure or MeasureConfig(), judge or JudgeConfig(), run, emit)
     table, plan = job.planned(options, budget)
     if is_drafter(opened.config):
