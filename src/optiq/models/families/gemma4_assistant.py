@@ -46,6 +46,32 @@ class _Body(nn.Module):
         self.norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
 
 
+class _Centroids(nn.Module):
+    """The head of the small drafters: only tokens near the best of a few thousand centroids count.
+
+    Args:
+        args: of the text part.
+        num_centroids: they share the vocabulary evenly.
+        top_k: centroids whose tokens get their own logits; all others get one below the least.
+    """
+
+    def __init__(self, args: ModelArgs, num_centroids: int, top_k: int) -> None:
+        super().__init__()
+        self.centroids = nn.Linear(args.hidden_size, num_centroids, bias=False)
+        self.token_ordering = mx.zeros((args.vocab_size,), dtype=mx.int32)
+        self._top_k = top_k
+
+    def __call__(self, h: mx.array, embed: nn.Module) -> mx.array:
+        scores: mx.array = self.centroids(h)
+        best = mx.argpartition(-scores, self._top_k - 1, axis=-1)[..., : self._top_k]
+        clusters = self.token_ordering.reshape(scores.shape[-1], -1)
+        ids = clusters[best].reshape(*h.shape[:-1], -1)
+        logits = (embed(ids) @ h[..., None])[..., 0]
+        shape = (*h.shape[:-1], self.token_ordering.shape[0])
+        rest = mx.broadcast_to(logits.min() - 1, shape)
+        return mx.put_along_axis(rest, ids, logits, axis=-1)
+
+
 class Model(nn.Module):
     """The module tree of a drafter.
 
@@ -61,6 +87,9 @@ class Model(nn.Module):
         self.model = _Body(args)
         self.pre_projection = nn.Linear(2 * target, args.hidden_size, bias=False)
         self.post_projection = nn.Linear(args.hidden_size, target, bias=False)
+        if config.get("use_ordered_embeddings"):
+            sizes = config["num_centroids"], config["centroid_intermediate_top_k"]
+            self.masked_embedding = _Centroids(args, *sizes)
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """The weights without a copy of the tied embedding."""
@@ -96,7 +125,13 @@ class Model(nn.Module):
             mask = None if masks is None else masks[layer.layer_type]
             h, _, _ = layer(h, mask, None, shared_kv=(kv.keys, kv.values), offset=position)
         h = self.model.norm(h)
-        return Draft(self.model.embed_tokens.as_linear(h), self.post_projection(h))
+        return Draft(self._logits(h), self.post_projection(h))
+
+    def _logits(self, h: mx.array) -> mx.array:
+        embed = self.model.embed_tokens
+        if "masked_embedding" in self:
+            return self.masked_embedding(h, embed)
+        return cast(mx.array, embed.as_linear(h))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,10 +237,14 @@ def normalized(config: Config) -> Config:
     size = given.get("hidden_size_per_layer_input")
     text = normalized_text(given, kind.replace("_assistant", "_text"))
     text |= {"num_kv_shared_layers": text["num_hidden_layers"], "hidden_size_per_layer_input": 0}
-    if config.get("use_ordered_embeddings"):
+    head = {
+        "num_centroids": config.get("num_centroids", 2048),
+        "centroid_intermediate_top_k": config.get("centroid_intermediate_top_k", 32),
+    }
+    if config.get("use_ordered_embeddings") and text["vocab_size"] % head["num_centroids"]:
         raise UnsupportedModel(
-            "this drafter has a head of centroids (use_ordered_embeddings), which optiq does not "
-            "run; use the drafter of a larger Gemma-4, or none"
+            f"{head['num_centroids']} centroids do not share a vocabulary of "
+            f"{text['vocab_size']} evenly; get config.json again"
         )
     if size or text["enable_moe_block"] or text["use_double_wide_mlp"]:
         raise UnsupportedModel(
@@ -213,7 +252,7 @@ def normalized(config: Config) -> Config:
             "has; get config.json again"
         )
     hidden = config.get("backbone_hidden_size", _TARGET_HIDDEN[kind])
-    return config | {"text_config": text, "backbone_hidden_size": hidden}
+    return config | head | {"text_config": text, "backbone_hidden_size": hidden}
 
 
 def build(config: Config) -> nn.Module:

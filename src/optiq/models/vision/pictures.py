@@ -72,8 +72,10 @@ def _file(source: Path | str) -> Path:
 
 
 def _opened(path: Path) -> Image.Image:
+    Image.init()
+    readable = [name for name in _FORMATS if name in Image.OPEN]  # a Pillow may lack a library
     try:
-        with Image.open(path, formats=_FORMATS) as picture:
+        with Image.open(path, formats=readable) as picture:
             return _upright_rgb(picture, str(path))
     except UnidentifiedImageError:
         raise UsageError(

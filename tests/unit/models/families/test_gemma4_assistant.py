@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 
 from optiq.backend import mx
@@ -10,6 +11,7 @@ from optiq.models.families import build_tree, check_standalone, normalized
 from optiq.models.families.gemma4 import KeyValues
 from optiq.models.families.gemma4_assistant import Drafting, Gemma4Drafter
 from optiq.models.load import open_source
+from optiq.models.modules import find_modules
 from tests.gemma4 import ASSISTANT, INFO, LIMIT, apart, assistant, inputs, reference, source, target
 
 OWN_LIMIT = 5e-3
@@ -130,10 +132,35 @@ def test_configs_of_drafters():
     assert made["text_config"]["num_kv_shared_layers"] == 4
     older = normalized(bare | {"model_type": "gemma4_assistant"})
     assert older["backbone_hidden_size"] == 1536
-    with pytest.raises(UnsupportedModel, match="head of centroids"):
+    with pytest.raises(UnsupportedModel, match="2048 centroids do not share a vocabulary of 512"):
         normalized(raw | {"use_ordered_embeddings": True})
     with pytest.raises(UnsupportedModel, match="per-layer inputs, experts or wide MLPs"):
         normalized(raw | {"text_config": text | {"hidden_size_per_layer_input": 8}})
+
+
+def test_the_head_of_centroids():
+    """Tokens of the best centroids have the logits of the whole head, all others less."""
+    sizes = {"num_centroids": 16, "centroid_intermediate_top_k": 3}
+    config = normalized(source(ASSISTANT).config | {"use_ordered_embeddings": True} | sizes)
+    random = np.random.default_rng(1)
+    order = random.permutation(512).astype(np.int32)
+    model = build_tree(config)
+    centroids = random.normal(size=(16, 64)).astype(np.float32)
+    weights = {k: v.astype(mx.float32) for k, v in source(ASSISTANT).weights().items()}
+    weights["masked_embedding.centroids.weight"] = mx.array(centroids)
+    weights["masked_embedding.token_ordering"] = mx.array(order)
+    model.load_weights(list(weights.items()), strict=True)
+    h = mx.array(random.normal(size=(2, 1, 64)).astype(np.float32))
+    found = np.array(model._logits(h))[:, 0]
+    whole = np.array(model.model.embed_tokens.as_linear(h))[:, 0]
+    scores = np.array(h)[:, 0] @ centroids.T
+    for row in range(2):
+        best = np.argsort(-scores[row])[:3]
+        ids = order.reshape(16, 32)[best].reshape(-1)
+        np.testing.assert_allclose(found[row, ids], whole[row, ids], rtol=1e-4, atol=1e-5)
+        others = np.setdiff1d(np.arange(512), ids)
+        assert found[row, others].max() < found[row, ids].min()
+    assert "masked_embedding.centroids" in {m.path for m in find_modules(model, config)}
 
 
 def test_a_stored_copy_of_the_head_is_left_out(tmp_path):
