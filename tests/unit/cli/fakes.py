@@ -5,7 +5,15 @@ import types
 from pathlib import Path
 from typing import Any
 
-from optiq.artifacts import BitPlan, DomainFidelity, Fidelity, QuantOption, SensitivityTable, Speed
+from optiq.artifacts import (
+    Acceptance,
+    BitPlan,
+    DomainFidelity,
+    Fidelity,
+    QuantOption,
+    SensitivityTable,
+    Speed,
+)
 from optiq.configs import AllocateConfig
 from optiq.quant.allocate import allocate
 from tests.unit.quant.tables import PROVENANCE, llama_modules, random_table
@@ -53,6 +61,7 @@ class FakePipeline(types.ModuleType):
     )
     refusal: str | None = None
     error: BaseException | None = None
+    acceptance: Acceptance | None = None  # of a drafter, which has no fidelity
 
     def __post_init__(self) -> None:
         super().__init__("optiq.pipeline")
@@ -77,8 +86,9 @@ class FakePipeline(types.ModuleType):
         return types.SimpleNamespace(
             path=out,
             plan=make_plan(),
-            fidelity=make_fidelity(str(out)),
+            fidelity=None if self.acceptance else make_fidelity(str(out)),
             rivals=(make_fidelity("uniform 4/64"),) if kwargs["convert"].rival else (),
+            acceptance=self.acceptance,
             card=out / "README.md",
         )
 
