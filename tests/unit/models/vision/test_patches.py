@@ -30,7 +30,7 @@ sides = st.integers(1, 5000)
     ],
 )
 def test_sizes_of_the_published_processor(size, grid):
-    """The first five were taken from transformers, see the research note; the rest by its rule."""
+    """The first five were taken from transformers, the rest follow its rule."""
     width, height = PUBLISHED.size(*size, 280)
     assert (width // 48, height // 48) == grid
 
