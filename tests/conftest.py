@@ -8,8 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from optiq import pipeline
+from optiq.configs import AllocateConfig, JudgeConfig, MeasureConfig, RunConfig
 from optiq.models.load import Source, open_source
+from optiq.quant import sensitivity
 from optiq.upstream import TokenizerWrapper
+from tests import gemma4
 from tests.tiny import tiny_checkpoint
 
 SHARED = Path(__file__).parents[1].parent / "shared"
@@ -41,3 +45,20 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("needs third-party data in ../shared")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def gemma_release(tmp_path_factory: pytest.TempPathFactory) -> pipeline.Release:
+    """The tiny Gemma-4 at 5.0 bits a weight, which tests may read, not change."""
+    folder = tmp_path_factory.mktemp("gemma4")
+    small = sensitivity.Effort(window=32, num_windows=4, rounding_windows=4, verify_pairs=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sensitivity.EFFORTS, "quick", small)
+        return pipeline.convert(
+            str(gemma4.TARGET),
+            folder / "out",
+            measure=MeasureConfig(effort="quick"),
+            allocate=AllocateConfig(target_bpw=5.0),
+            judge=JudgeConfig(window=32, max_windows=4),
+            run=RunConfig(work=folder / "work"),
+        )

@@ -61,6 +61,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 4,
         "global_head_dim": 64,
         "num_kv_shared_layers": 2,
+        "use_double_wide_mlp": True,
+        "final_logit_softcapping": 30.0,
         "hidden_size_per_layer_input": 128,
         "vocab_size_per_layer_input": VOCAB,
         "sliding_window": 16,

@@ -648,6 +648,38 @@ class EvalReport(Artifact):
 
 
 @dataclasses.dataclass(frozen=True)
+class Acceptance(Artifact):
+    """How often a drafter is right, on text that its target would have written itself.
+
+    Tuples have an entry for each draft of a round, the first draft first: those that counted (the
+    target agrees with the text up to there, and all drafts before were right) and those of them
+    that were right.
+
+    Attributes:
+        drafter: directory that was judged.
+        target: model it drafts for.
+        text: name and hash of the text.
+        num_tokens: tokens of the text.
+        tried: of the drafter.
+        accepted: of the drafter.
+        source_tried: of what it was made from.
+        source_accepted: of what it was made from.
+    """
+
+    schema: ClassVar[str] = "optiq.acceptance"
+    drafter: str
+    target: str
+    text: str
+    num_tokens: int
+    tried: tuple[int, ...]
+    accepted: tuple[int, ...]
+    source_tried: tuple[int, ...]
+    source_accepted: tuple[int, ...]
+    provenance: Provenance
+    schema_version: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
 class Speed(Artifact):
     """Speed of a model directory on one machine (`optiq bench`)."""
 

@@ -82,11 +82,11 @@ def save_arrays(path: Path, arrays: dict[str, mx.array], about: str = "") -> Non
 
 
 def array_note(path: Path) -> str:
-    """What `save_arrays` was told about the file."""
+    """What `save_arrays` was told about the file; nothing if something else wrote it."""
     _, metadata = cast(
         tuple[dict[str, mx.array], dict[str, str]], mx.load(str(path), return_metadata=True)
     )
-    return metadata["about"]
+    return metadata.get("about", "")
 
 
 def gflops(size: int = 1024, seconds: float = 0.5) -> float:

@@ -74,8 +74,8 @@ class CardFacts:
     pictures: Sequence[str] = ()
 
 
-def render(facts: CardFacts) -> str:
-    """The card, as Markdown with the metadata block of the model hub."""
+def template(name: str) -> jinja2.Template:
+    """A template of the package; an undefined name in it is an error."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("optiq", "."),
         undefined=jinja2.StrictUndefined,
@@ -84,14 +84,19 @@ def render(facts: CardFacts) -> str:
         keep_trailing_newline=True,
         autoescape=False,
     )
+    return environment.get_template(name)
+
+
+def render(facts: CardFacts) -> str:
+    """The card, as Markdown with the metadata block of the model hub."""
     source = facts.plan.source
-    return environment.get_template("card.md.jinja").render(
+    return template("card.md.jinja").render(
         facts=facts,
         plan=facts.plan,
         fidelity=facts.fidelity,
         speed=facts.speed,
         metadata=metadata.block(_metadata(facts)),
-        source_name=_source_name(facts.plan),
+        source_name=source_name(facts.plan),
         source_size=format_size(source.size_bytes),
         model_size=format_size(facts.size_bytes),
         bpw=_bpw(facts),
@@ -99,7 +104,7 @@ def render(facts: CardFacts) -> str:
         closeness=_closeness(facts),
         domains=_domains(facts.fidelity) if facts.fidelity else "",
         details=markdown_table(("", ""), _details(facts)),
-        widths=_widths(facts.plan),
+        widths=widths(facts.plan),
         kinds=_kinds(facts.plan),
         pictures=PICTURES,
         rounding=_ROUNDINGS[facts.plan.rounding],
@@ -116,7 +121,7 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Row]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in cells)
 
 
-def _source_name(plan: BitPlan) -> str:
+def source_name(plan: BitPlan) -> str:
     """Hub id, or the last part of a path."""
     return plan.source.name if plan.source.revision else Path(plan.source.name).name
 
@@ -310,7 +315,7 @@ def _measured(table: SensitivityTable, num_matrices: int) -> list[Row]:
     return rows
 
 
-def _widths(plan: BitPlan) -> str:
+def widths(plan: BitPlan) -> str:
     """Matrices and share of the weights of every option, most bits first."""
     total = _weights(plan.entries)
     options = sorted({e.option for e in plan.entries}, key=lambda o: (-o.bits, o.group_size))
@@ -340,7 +345,7 @@ def _command(facts: CardFacts) -> str:
     if facts.options is None:
         return ""
     source = facts.plan.source
-    words = ["optiq", "convert", _source_name(facts.plan), "-o", Path(facts.name).name]
+    words = ["optiq", "convert", source_name(facts.plan), "-o", Path(facts.name).name]
     if source.revision:
         words += ["--revision", source.revision]
     return shlex.join([*words, *facts.options])

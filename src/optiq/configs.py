@@ -175,6 +175,9 @@ class ConvertConfig:
     rival: bool = option(
         False, "Judge the uniform quantization that is not smaller beside it, for the card."
     )
+    drafter_target: Path | None = option(
+        None, "Of a drafter: the model it drafts for, to measure how often it is right."
+    )
     force: bool = option(False, "Replace an output directory that optiq wrote before.")
 
 

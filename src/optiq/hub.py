@@ -41,6 +41,7 @@ _WEIGHTS = "model*.safetensors"
 _PATTERNS = [
     _WEIGHTS,
     "model.safetensors.index.json",
+    "optiq_vision.safetensors",
     "config.json",
     "generation_config.json",
     "tokenizer*.json",

@@ -1,19 +1,15 @@
 """The spine: measure -> allocate -> convert -> judge -> card.
 
-Each stage takes the dataclass of its options, leaves an artifact on disk and returns it. `stage`
-loads what an earlier run left when nothing it depends on has changed.
+Each stage takes the dataclass of its options, leaves an artifact on disk and returns it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 from optiq.artifacts import (
-    Artifact,
     BitPlan,
     Fidelity,
     QuantOption,
@@ -31,29 +27,24 @@ from optiq.configs import (
     MeasureConfig,
     RunConfig,
     ServedConfig,
-    words_of,
 )
+from optiq.conversion import Conversion, Release, heldout_records, measured, possible
 from optiq.data.benchmarks import BenchmarkData
-from optiq.data.calibration import Record, Windows, builtin_records, read_records, windows
 from optiq.data.chat import prompt as chat_prompt
 from optiq.errors import ArtifactMismatch, TargetMissed, UsageError
 from optiq.evals import bench as speed
 from optiq.evals import run as benchmarks
 from optiq.evals.fidelity import judge_many
-from optiq.evals.provenance import provenance
 from optiq.evals.responses import rescore, response_file, score_responses
 from optiq.evals.run import Evaluation, estimate
 from optiq.evals.subjects.opening import open_subject
-from optiq.events import Emit, Notice, StageDone, no_emit
-from optiq.metadata import license_of
+from optiq.events import Emit, no_emit
+from optiq.models.families import check_standalone, is_drafter
 from optiq.models.load import Source, load_tokenizer, open_source, read_config, size_on_disk
 from optiq.preflight import Preflight, preflight
 from optiq.quant import baseline as uniform
 from optiq.quant.allocate import allocate
-from optiq.quant.convert import write_model
 from optiq.quant.directory import check_output, finished_directory
-from optiq.quant.rounding import RoundedModel
-from optiq.quant.sensitivity import EFFORTS, measure_table
 from optiq.release import RIVAL, card, push, write_card
 from optiq.upstream import dense_float32, generate_text, load_quantized
 from optiq.work import digest, work_directory, work_root
@@ -81,30 +72,7 @@ __all__ = [
     "push",
 ]
 
-_MEASURE_VERSION = 1
-_ROUND_VERSION = 1
 _KL_ATTEMPTS = 4
-_KL_MARGIN = 0.93
-A = TypeVar("A", bound=Artifact)
-
-
-@dataclasses.dataclass(frozen=True)
-class Release:
-    """A finished model directory.
-
-    Attributes:
-        path: the directory.
-        plan: bits of every matrix.
-        fidelity: agreement with the source on held-out text.
-        rivals: the same of the uniform rival, if it was asked for.
-        card: the card's path.
-    """
-
-    path: Path
-    plan: BitPlan
-    fidelity: Fidelity
-    rivals: tuple[Fidelity, ...]
-    card: Path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,16 +83,6 @@ class Rival:
     option: QuantOption
     size_bytes: int
     like_bytes: int
-
-
-def stage(kind: type[A], path: Path, emit: Emit, make: Callable[[], A]) -> A:
-    """The artifact at `path`, which names all it depends on; made and saved if it is not there."""
-    if path.is_file():
-        emit(StageDone(path.stem.partition("-")[0], reused=True))
-        return kind.load(path)
-    artifact = make()
-    artifact.save(path)
-    return artifact
 
 
 def measure(
@@ -148,45 +106,8 @@ def measure(
     Cost: see `quant.sensitivity.measure_table`. A killed run goes on at the block it was at.
     """
     run = run or RunConfig()
-    return _measured(open_source(source, run, emit), config or MeasureConfig(), run, emit)
-
-
-def _measured(
-    source: Source, config: MeasureConfig, run: RunConfig, emit: Emit
-) -> SensitivityTable:
-    text = calibration_windows(source, config, EFFORTS[config.effort].num_windows)
-    work = work_directory(source, run)
-    key = digest(_MEASURE_VERSION, source.info, text.digest, _table_options(config))
-    folder = work / f"measure-{key}"
-
-    def make() -> SensitivityTable:
-        return measure_table(source, text, config, folder, provenance(), emit)
-
-    table = stage(SensitivityTable, work / f"sensitivity-{key}.json", emit, make)
-    shutil.rmtree(folder, ignore_errors=True)
-    return table
-
-
-def _table_options(config: MeasureConfig) -> tuple[object, ...]:
-    """The options that a table depends on besides its text."""
-    return (config.method, config.reference, config.rounding, config.seed, config.verify)
-
-
-def calibration_windows(source: Source, config: MeasureConfig, count: int) -> Windows:
-    """At most `count` calibration windows in the source's tokens, the same ones first."""
-    records: tuple[Record, ...] = ()
-    if config.calibration is None or config.extend_calibration:
-        records = builtin_records("calibration")
-    if config.calibration is not None:
-        records += read_records(config.calibration)
-    return windows(
-        records,
-        source.tokenizer,
-        source.config,
-        window=EFFORTS[config.effort].window,
-        count=count,
-        seed=config.seed,
-    )
+    opened = open_source(source, run, emit)
+    return measured(opened, possible(config or MeasureConfig(), opened, emit), run, emit)
 
 
 def convert(  # noqa: PLR0913  the options of five stages
@@ -221,8 +142,15 @@ def convert(  # noqa: PLR0913  the options of five stages
     budget, run = allocate or AllocateConfig(), run or RunConfig()
     check_output(out, force=options.force)
     opened = open_source(source, run, emit)
-    job = _Conversion(opened, out, measure or MeasureConfig(), judge or JudgeConfig(), run, emit)
+    if options.drafter_target is not None and not is_drafter(opened.config):
+        raise UsageError(
+            f"--drafter-target is for drafters, and {source} is a {opened.info.model_type}; leave "
+            "it out"
+        )
+    job = Conversion(opened, out, measure or MeasureConfig(), judge or JudgeConfig(), run, emit)
     table, plan = job.planned(options, budget)
+    if is_drafter(opened.config):
+        return job.drafter(table, plan, budget, options)
     with finished_directory(out, replace=options.force) as folder:
         for attempt in range(1, _KL_ATTEMPTS + 1):
             fidelity, *rivals = job.written(plan, folder, rival=options.rival)
@@ -230,13 +158,10 @@ def convert(  # noqa: PLR0913  the options of five stages
             if table is None or not missed or attempt == _KL_ATTEMPTS:
                 break
             plan = job.corrected(table, plan, budget, fidelity)
-        if table is not None:
-            table.save(folder / "optiq" / "sensitivity.json")
-        plan.save(folder / "optiq" / "plan.json")
         fidelity.save(folder / "optiq" / "fidelity.json")
         for found in rivals:
             found.save(folder / RIVAL)
-        job.record(budget, options).save(folder / "optiq" / "run.json")
+        job.describe(table, plan, budget, options, folder)
         write_card(folder, out.name)
     job.clean()
     if missed:
@@ -245,116 +170,6 @@ def convert(  # noqa: PLR0913  the options of five stages
             f"the held-out text, above --target-kl {budget.target_kl:g}; give a lower target"
         )
     return Release(out, plan, fidelity, tuple(rivals), out / "README.md")
-
-
-class _Conversion:
-    """The steps of one `convert`."""
-
-    def __init__(
-        self,
-        source: Source,
-        out: Path,
-        measure: MeasureConfig,
-        judge: JudgeConfig,
-        run: RunConfig,
-        emit: Emit,
-    ) -> None:
-        self.source, self.out, self.run, self.emit = source, out, run, emit
-        self.measure_config, self.judge_config = measure, judge
-        self.work = work_directory(source, run)
-        self.text = calibration_windows(source, measure, EFFORTS[measure.effort].rounding_windows)
-        self.heldout = heldout_records(judge)
-        self._folders: list[Path] = []
-
-    def planned(
-        self, options: ConvertConfig, budget: AllocateConfig
-    ) -> tuple[SensitivityTable | None, BitPlan]:
-        """The plan that was given, or the best one for the budget, with its table."""
-        if options.plan is not None:
-            plan = BitPlan.load(options.plan)
-            self._check_match(plan, options.plan)
-            return None, plan
-        if options.sensitivity is not None:
-            table = SensitivityTable.load(options.sensitivity)
-            self._check_match(table, options.sensitivity)
-        else:
-            table = _measured(self.source, self.measure_config, self.run, self.emit)
-        return table, allocate(table, budget)
-
-    def _check_match(self, artifact: SensitivityTable | BitPlan, path: Path) -> None:
-        if artifact.source.fingerprint != self.source.info.fingerprint:
-            raise ArtifactMismatch(
-                f"{path} was made for {artifact.source.name} (fingerprint "
-                f"{artifact.source.fingerprint[:12]}), not for this source "
-                f"({self.source.info.fingerprint[:12]}); measure this one"
-            )
-        if artifact.rounding != self.measure_config.rounding:
-            raise ArtifactMismatch(
-                f"{path} assumes the rounding '{artifact.rounding}', not "
-                f"'{self.measure_config.rounding}'; give --rounding {artifact.rounding} or measure "
-                f"again"
-            )
-
-    def written(self, plan: BitPlan, folder: Path, *, rival: bool) -> list[Fidelity]:
-        """Write the weights of a plan into `folder`; judge them, if wanted beside the rival."""
-        entries = [(e.path, e.option) for e in plan.entries]
-        key = digest(_ROUND_VERSION, self.source.info, self.text.digest, plan.rounding, entries)
-        state = self.work / f"round-{key}"
-        rounded = RoundedModel(self.source, plan, self.text.tokens, state, self.emit).run()
-        write_model(self.source, plan, rounded, folder, self.emit)
-        models = {self.out.name: folder}
-        if rival:
-            option = uniform.pick_uniform(self.source, size_on_disk(folder))
-            models[f"uniform {option.key}"] = state / "rival"
-            shutil.rmtree(state / "rival", ignore_errors=True)
-            uniform.write_uniform(self.source, option, state / "rival", self.emit)
-        found = judge_many(
-            list(models.values()),
-            self.source,
-            self.heldout,
-            self.judge_config,
-            self.work,
-            self.emit,
-        )
-        self._folders.append(state)
-        return [dataclasses.replace(f, model=m) for f, m in zip(found, models, strict=True)]
-
-    def corrected(
-        self, table: SensitivityTable, plan: BitPlan, budget: AllocateConfig, found: Fidelity
-    ) -> BitPlan:
-        """A plan for a KL target, corrected by how far the last prediction was off."""
-        assert budget.target_kl is not None
-        self.emit(
-            Notice(
-                f"KL is {found.kl_nats_per_token:.4g}, not the {plan.predicted_kl:.4g} that was "
-                f"predicted; planning again for {budget.target_kl:g}"
-            )
-        )
-        off = found.kl_nats_per_token / plan.predicted_kl
-        aim = dataclasses.replace(budget, target_kl=_KL_MARGIN * budget.target_kl / off)
-        return dataclasses.replace(allocate(table, aim), target=plan.target)
-
-    def record(self, budget: AllocateConfig, options: ConvertConfig) -> RunRecord:
-        """Date, options and licence of the run."""
-        kept = (
-            *(RunConfig(tokenizer=self.run.tokenizer), self.measure_config, budget),
-            *(dataclasses.replace(options, force=False), self.judge_config),
-        )
-        return dataclasses.replace(
-            RunRecord.now(self.source.info.name, self.run.tokenizer),
-            options=words_of(*kept),
-            license=license_of(self.source.path),
-        )
-
-    def clean(self) -> None:
-        """Delete the state that only an unfinished run needs."""
-        for folder in self._folders:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def heldout_records(config: JudgeConfig) -> tuple[Record, ...]:
-    """The held-out text of a judgement."""
-    return builtin_records("heldout") if config.text is None else read_records(config.text)
 
 
 def judge(
@@ -384,7 +199,7 @@ def judge(
     """
     config, run = config or JudgeConfig(), run or RunConfig()
     for path in (model, *baselines):
-        read_config(path)
+        check_standalone(read_config(path))
     source = open_source(against, run, emit) if against else _own_source(model, run, emit)
     paths = [model, *baselines]
     return judge_many(
@@ -443,6 +258,7 @@ def baseline(
 
 def bench(model: Path, config: BenchConfig | None = None, emit: Emit = no_emit) -> Speed:
     """Prefill and decode speed of a model directory; see `evals.bench.bench`."""
+    check_standalone(read_config(model))
     return speed.bench(model, config or BenchConfig(), emit)
 
 
@@ -512,6 +328,7 @@ def generate(
     if not prompt.strip():
         raise UsageError("the prompt is empty; give some text")
     config = read_config(model)
+    check_standalone(config)
     tokenizer = load_tokenizer(model, config)
     ids = tokenizer.encode(prompt) if raw else chat_prompt(tokenizer, prompt)
     loaded, _ = load_quantized(model)

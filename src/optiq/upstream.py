@@ -5,7 +5,7 @@ Nothing of it is replaced; only public functions and classes are used.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -45,6 +45,7 @@ __all__ = [
     "build_model",
     "dense_float32",
     "generate_text",
+    "load_as",
     "load_config",
     "load_quantized",
     "make_prompt_cache",
@@ -54,8 +55,14 @@ __all__ = [
 ]
 
 
-def build_model(config: dict[str, Any]) -> nn.Module:
-    """The module tree of a config, with mlx-lm's own (random, unevaluated) parameters.
+def build_model(
+    config: dict[str, Any], own: Callable[[dict[str, Any]], nn.Module] | None = None
+) -> nn.Module:
+    """The module tree of a config, with its own (random, unevaluated) parameters.
+
+    Args:
+        config: of a model.
+        own: makes the tree of a model type that mlx-lm does not have.
 
     Raises:
         UnsupportedModel: if mlx-lm has no such `model_type`, or the config lacks what it needs or
@@ -69,16 +76,10 @@ def build_model(config: dict[str, Any]) -> nn.Module:
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise UnsupportedModel("config.json has no model_type; give a Hugging Face model directory")
-    try:
-        model_class, args_class = _get_classes(config)
-    except ValueError:
-        raise UnsupportedModel(
-            f"model_type '{model_type}' is not supported by the installed mlx-lm; update mlx-lm "
-            f"or use another source"
-        ) from None
+    make = own or _maker(config, model_type)
     _check_blocks(config, model_type)
     try:
-        return cast(nn.Module, model_class(args_class.from_dict(config)))
+        return make(config)
     except (
         TypeError,
         LookupError,
@@ -94,6 +95,18 @@ def build_model(config: dict[str, Any]) -> nn.Module:
             f"config.json of model_type '{model_type}' is not complete or has values that no model "
             f"can have ({reason}); get it again"
         ) from None
+
+
+def _maker(config: dict[str, Any], model_type: str) -> Callable[[dict[str, Any]], nn.Module]:
+    """What makes mlx-lm's tree of a config."""
+    try:
+        model_class, args_class = _get_classes(config)
+    except ValueError:
+        raise UnsupportedModel(
+            f"model_type '{model_type}' is not supported by the installed mlx-lm; update mlx-lm "
+            f"or use another source"
+        ) from None
+    return lambda config: cast(nn.Module, model_class(args_class.from_dict(config)))
 
 
 def _check_blocks(config: dict[str, Any], model_type: str) -> None:
@@ -113,6 +126,34 @@ def load_quantized(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     """Model and config of an MLX directory as stock mlx-lm loads it, weights unevaluated."""
     model, config = load_model(path, lazy=True)
     return model, config
+
+
+def load_as(
+    path: Path, config: dict[str, Any], own: Callable[[dict[str, Any]], nn.Module] | None
+) -> nn.Module:
+    """The tree of a directory, quantized or not, with its weights, unevaluated.
+
+    Args:
+        path: the directory.
+        config: takes the place of its config.json.
+        own: makes the tree of a model type that mlx-lm does not have.
+    """
+
+    class Given:
+        """Stands where mlx-lm has a class of arguments."""
+
+        @classmethod
+        def from_dict(cls, _: dict[str, Any]) -> dict[str, Any]:
+            return config
+
+    if own is None:
+        model, _ = load_model(path, lazy=True, model_config=config)
+    else:
+        classes: Any = (own, Given)
+        model, _ = load_model(
+            path, lazy=True, model_config=config, get_model_classes=lambda config: classes
+        )
+    return model
 
 
 def dense_float32(model: nn.Module) -> nn.Module:

@@ -54,7 +54,8 @@ def command(source: str, out: Path | None, as_json: bool, configs: Configs) -> N
                 "path": str(release.path),
                 "card": str(release.card),
                 "predicted_kl": release.plan.predicted_kl,
-                "fidelity": output.as_dict(release.fidelity),
+                "fidelity": release.fidelity and output.as_dict(release.fidelity),
+                "acceptance": release.acceptance and output.as_dict(release.acceptance),
                 "rivals": [output.as_dict(rival) for rival in release.rivals],
             }
         )
@@ -65,6 +66,8 @@ def command(source: str, out: Path | None, as_json: bool, configs: Configs) -> N
 def _rows(release: Release) -> list[tuple[str, str]]:
     """What the user asked for and got."""
     fidelity = release.fidelity
+    if fidelity is None:
+        return _drafter_rows(release)
     rows = [
         ("model", str(release.path)),
         ("stored", _stored(fidelity)),
@@ -75,6 +78,20 @@ def _rows(release: Release) -> list[tuple[str, str]]:
     for rival in release.rivals:
         times = rival.kl_nats_per_token / fidelity.kl_nats_per_token
         rows.append((rival.model, f"{_stored(rival)}: KL {_kl(rival)}, {times:.1f} times as far"))
+    return [*rows, ("card", str(release.card))]
+
+
+def _drafter_rows(release: Release) -> list[tuple[str, str]]:
+    rows = [("drafter", str(release.path)), ("stored", f"{release.plan.bpw:.3f} bpw")]
+    found = release.acceptance
+    if found is not None:
+        for name, tried, right in (
+            ("acceptance", found.tried, found.accepted),
+            ("of its source", found.source_tried, found.source_accepted),
+        ):
+            pairs = zip(right, tried, strict=True)
+            shares = ["-" if not count else f"{100 * part / count:.1f}%" for part, count in pairs]
+            rows.append((name, f"{', '.join(shares)} (drafts 1 to {len(tried)})"))
     return [*rows, ("card", str(release.card))]
 
 

@@ -21,10 +21,11 @@ from optiq.backend import load_arrays, mx, nn
 from optiq.configs import RunConfig
 from optiq.errors import UnsupportedModel, UsageError
 from optiq.events import Emit, Notice, no_emit
+from optiq.models.families import build_tree, family_of, normalized
 from optiq.models.gguf import IMPORT_VERSION, damaged_files, import_gguf
 from optiq.models.modules import find_modules, parameters_of
 from optiq.models.safetensors_io import disk_failure, fingerprint, read_headers
-from optiq.upstream import TokenizerWrapper, build_model, load_config, tokenizer_of
+from optiq.upstream import TokenizerWrapper, load_as, load_config, tokenizer_of
 
 _DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
 
@@ -63,11 +64,11 @@ class Source:
 
         Matrices that can be quantized are in `dtype`; a few of another one are cast.
         """
-        return self._weights_of(build_model(self.config))
+        return self._weights_of(build_tree(self.config))
 
     def model(self) -> nn.Module:
         """The module tree with lazy weights."""
-        model = build_model(self.config)
+        model = build_tree(self.config)
         model.load_weights(list(self._weights_of(model).items()), strict=True)
         return model
 
@@ -185,7 +186,7 @@ def _says_quantized(path: Path, config: dict[str, Any]) -> str | None:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """config.json of a directory, with the eos ids of generation_config.json.
+    """config.json of a directory as mlx-lm reads it, with the eos ids of generation_config.json.
 
     Raises:
         UsageError: if it is missing or not JSON.
@@ -202,7 +203,7 @@ def read_config(path: Path) -> dict[str, Any]:
         ) from None
     if not isinstance(config, dict):
         raise UsageError(f"{path / 'config.json'} is not a JSON object")
-    return config
+    return normalized(config)
 
 
 def context_length(config: dict[str, Any]) -> int | None:
@@ -283,7 +284,7 @@ def _open(
 ) -> Source:
     headers = read_headers(named.path)
     shards = tuple(dict.fromkeys(header.file for header in headers.values()))
-    model = build_model(config)
+    model = build_tree(config)
     weights = _read(shards, model, quantization)
     expected = {name: tuple(value.shape) for name, value in parameters_of(model).items()}
     given = {name: tuple(value.shape) for name, value in weights.items()}
@@ -337,6 +338,25 @@ def _check_strict(
                 f"'{name}' of {ref} has shape {list(given[name])}, the config asks for "
                 f"{list(shape)}"
             )
+
+
+def load_tree(path: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """The module tree of a model directory and its config, as `read_config` gives it.
+
+    Returns:
+        The tree, quantized as the directory is, weights unevaluated; a source, too, in whatever
+        form its config is, and a drafter.
+
+    Raises:
+        UsageError: if it is no model that can be loaded.
+    """
+    config = read_config(path)
+    family = family_of(config)
+    try:
+        return load_as(path, config, family.build if family else None), config
+    except (ValueError, LookupError, TypeError, OSError, RuntimeError) as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise UsageError(f"{path} cannot be loaded ({reason}); get the model again") from None
 
 
 def open_quantized(path: Path) -> Source:

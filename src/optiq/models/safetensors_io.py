@@ -17,6 +17,8 @@ from typing import IO, Any, NamedTuple, Self
 from optiq.errors import EngineFailure, UsageError
 
 INDEX_NAME = "model.safetensors.index.json"
+SIDECAR_NAME = "optiq_vision.safetensors"
+"""Side towers of a model of ours. The index lists it; the text can do without."""
 SHARD_BYTES = 5 * 10**9
 """Data bytes after which a new shard begins."""
 
@@ -89,7 +91,8 @@ def read_headers(directory: Path) -> dict[str, TensorHeader]:
 
     Returns:
         Name -> header, over the shards that model.safetensors.index.json names or, without an
-        index, all `model*.safetensors`; shards by name, tensors in the order of their data.
+        index, all `model*.safetensors`; shards by name, tensors in the order of their data. The
+        sidecar of a model of ours is not among them.
 
     Raises:
         UsageError: if there are no weights, a shard is missing, cut short or corrupt, the index
@@ -101,7 +104,7 @@ def read_headers(directory: Path) -> dict[str, TensorHeader]:
     weight_map = _weight_map(directory)
     headers: dict[str, TensorHeader] = {}
     for shard in _shards(directory, weight_map):
-        for header in _read_shard(shard):
+        for header in read_shard(shard):
             if header.name in headers:
                 raise UsageError(
                     f"'{header.name}' is in both {headers[header.name].file} and {shard}; keep one"
@@ -134,7 +137,7 @@ def _weight_map(directory: Path) -> dict[str, str]:
                 f"{index} names the shard {shard!r}, which is no file name inside the directory; "
                 f"do not trust this model"
             )
-    return weight_map
+    return {name: shard for name, shard in weight_map.items() if shard != SIDECAR_NAME}
 
 
 def _is_file_name(name: str) -> bool:
@@ -197,7 +200,12 @@ def _header_bytes(file: IO[bytes], size_bytes: int) -> bytes:
     return file.read(length)
 
 
-def _read_shard(path: Path) -> list[TensorHeader]:
+def read_shard(path: Path) -> list[TensorHeader]:
+    """Headers of one file, read strictly, in the order of their data.
+
+    Raises:
+        UsageError: if it is missing, cut short or corrupt.
+    """
     try:
         with path.open("rb") as file:
             size_bytes = os.fstat(file.fileno()).st_size

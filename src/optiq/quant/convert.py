@@ -12,13 +12,14 @@ from optiq.backend import load_arrays, mx
 from optiq.events import Emit, track
 from optiq.models.load import Source
 from optiq.models.safetensors_io import ShardWriter, disk_failure
+from optiq.models.vision.sidecar import write_sidecar
 from optiq.quant.directory import copy_side_files, tensor_bytes, tensor_spec
 
 
 def write_model(
     source: Source, plan: BitPlan, rounded: dict[str, Path], folder: Path, emit: Emit
 ) -> None:
-    """Write weights, config and tokenizer of a quantized model.
+    """Write weights, side towers, config and tokenizer of a quantized model.
 
     Args:
         source: the model the plan is for.
@@ -40,6 +41,7 @@ def write_model(
                 writer.write(name, [tensor_bytes(value)])
         text = json.dumps(quantized_config(source.config, plan), indent=4)
         write_atomic(folder / "config.json", text.encode() + b"\n")
+        write_sidecar(source, folder)
         copy_side_files(source, folder)
 
 

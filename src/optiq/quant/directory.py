@@ -27,6 +27,7 @@ _SIDE_FILES = (
     "generation_config.json",
     "LICENSE*",
     "NOTICE*",
+    "*processor_config.json",
 )
 _STORED = {
     mx.bfloat16: "BF16",
@@ -84,7 +85,7 @@ def finished_directory(out: Path, *, replace: bool = False) -> Generator[Path]:
 
 
 def copy_side_files(source: Source, folder: Path) -> None:
-    """Copy tokenizer, template, generation config and licence of a source into a directory."""
+    """Copy tokenizer, templates, processor, generation config and licence into a directory."""
     for origin in dict.fromkeys((source.path, source.tokenizer_path)):
         for pattern in _SIDE_FILES:
             for file in sorted(origin.glob(pattern)):

@@ -18,7 +18,7 @@ from optiq.artifacts import (
 )
 from optiq.backend import is_cpu, mx, save_arrays
 from optiq.errors import ArtifactMismatch
-from optiq.events import Emit, Progress, StageDone, StageStarted
+from optiq.events import Emit, Progress, StageDone, StageStarted, track
 from optiq.models.head import HeadSlices
 from optiq.models.load import Source
 from optiq.models.stream import StreamedModel
@@ -128,6 +128,29 @@ class RoundedModel:
                 tensors |= self._round_unseen(info.path, weights)
         save_arrays(file, tensors)
         self._emit(Progress("round", stream.num_blocks + 1))
+
+
+def round_without_data(source: Source, plan: BitPlan, file: Path, emit: Emit) -> dict[str, Path]:
+    """Round the matrices of a model that cannot run alone; every input counts the same.
+
+    Args:
+        source: the model.
+        plan: an option for every module.
+        file: takes the tensors.
+        emit: receives progress.
+
+    Returns:
+        `file` for every module path.
+    """
+    entries = {entry.path: entry for entry in plan.entries}
+    weights = source.weights()
+    tensors: dict[str, mx.array] = {}
+    for info in track(source.modules, emit, "round", len(source.modules), "matrices"):
+        quantize = quantizer(plan.rounding, None, info.in_dims)
+        weight = weights.pop(f"{info.path}.weight")
+        tensors |= rounded_tensors(info, entries[info.path], weight, quantize, source)
+    save_arrays(file, tensors)
+    return dict.fromkeys(entries, file)
 
 
 def end_statistics(stream: StreamedModel, source: Source) -> GramStore:

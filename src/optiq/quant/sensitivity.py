@@ -26,7 +26,7 @@ from optiq.configs import MeasureConfig
 from optiq.data.calibration import Windows
 from optiq.events import Emit, track
 from optiq.models.load import Source
-from optiq.numerics.lattice import find_lattice
+from optiq.numerics.lattice import Lattice, find_lattice
 from optiq.quant.exact import ExactScores, brute_force
 from optiq.quant.sketch import Scores, Share, Sketch
 from optiq.quant.static import static_scores
@@ -149,12 +149,19 @@ def _sketched(
 
 
 def module_scores(info: ModuleInfo, scores: Scores, window: int, source: Source) -> ModuleScores:
-    """Mean and standard error of s^2 / (2 T), times the rounding ratio."""
+    """Mean and standard error of s^2 / (2 T), times the rounding ratio.
+
+    A grid that gives the source back in its own dtype costs nothing, as keeping it does: what is
+    left is the rounding of the checkpoint itself.
+    """
     samples = scores.s.astype(np.float64) ** 2 / (2 * window)
     mean = samples.mean(axis=0) * scores.ratios
     count = max(len(samples) - 1, 1)
     error = samples.std(axis=0) / np.sqrt(count) * scores.ratios
     itemsize = source.info.itemsize
+    if is_exact(scores.lattice):
+        at = scores.options.index(LATTICE)
+        mean[at] = error[at] = 0.0
     rows = [
         OptionScore(
             option,
@@ -170,6 +177,11 @@ def module_scores(info: ModuleInfo, scores: Scores, window: int, source: Source)
     return ModuleScores(info, tuple(rows), report)
 
 
+def is_exact(lattice: Lattice | None) -> bool:
+    """Whether there is a grid that gives the source back in its dtype."""
+    return lattice is not None and lattice.report.exact
+
+
 def _exact_rows(source: Source, exact: ExactScores, emit: Emit) -> tuple[ModuleScores, ...]:
     rows = []
     weights = source.weights()
@@ -181,7 +193,8 @@ def _exact_rows(source: Source, exact: ExactScores, emit: Emit) -> tuple[ModuleS
         options = (*options, LATTICE) if lattice else options
         scored = []
         for option in options:
-            kl, error = exact.score(info, option)
+            free = option == LATTICE and is_exact(lattice)
+            kl, error = (0.0, 0.0) if free else exact.score(info, option)
             size = option.size_bytes(info.shape, itemsize)
             scored.append(OptionScore(option, kl, error, size, "exact"))
         scored.append(OptionScore(KEEP, 0.0, 0.0, KEEP.size_bytes(info.shape, itemsize), "exact"))

@@ -10,6 +10,7 @@ from optiq.artifacts import (
     BitPlan,
     DomainFidelity,
     EvalReport,
+    Acceptance,
     Fidelity,
     QuantOption,
     SensitivityTable,
@@ -71,6 +72,7 @@ class FakePipeline(types.ModuleType):
     refusal: str | None = None
     whole: bool = True
     error: BaseException | None = None
+    acceptance: Acceptance | None = None  # of a drafter, which has no fidelity
 
     def __post_init__(self) -> None:
         super().__init__("optiq.pipeline")
@@ -95,8 +97,9 @@ class FakePipeline(types.ModuleType):
         return types.SimpleNamespace(
             path=out,
             plan=make_plan(),
-            fidelity=make_fidelity(str(out)),
+            fidelity=None if self.acceptance else make_fidelity(str(out)),
             rivals=(make_fidelity("uniform 4/64"),) if kwargs["convert"].rival else (),
+            acceptance=self.acceptance,
             card=out / "README.md",
         )
 

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from optiq import settings
-from optiq.artifacts import BitPlan, SensitivityTable, Speed
+from optiq.artifacts import Acceptance, BitPlan, SensitivityTable, Speed
 from optiq.cli import output
 from optiq.cli.main import run
 from optiq.configs import AllocateConfig, BenchConfig, JudgeConfig, MeasureConfig, RunConfig
 from optiq.quant.allocate import allocate
 from tests.unit.cli.fakes import make_fidelity, make_plan, make_sensitivity
-from tests.unit.quant.tables import make_scores, make_table, moe_modules
+from tests.unit.quant.tables import PROVENANCE, make_scores, make_table, moe_modules
 
 JUDGE_KEYS = {
     *("kl_nats_per_token", "kl_se", "kl_p99", "top1_agreement", "perplexity_ratio", "bpw"),
@@ -96,6 +96,21 @@ def test_convert_json(tmp_path, capsys):
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert last["event"] == "Result"
     assert set(last["fidelity"]) >= JUDGE_KEYS
+
+
+def test_convert_shows_the_acceptance_of_a_drafter(pipeline, tmp_path, capsys):
+    counts = (10, 4, 0), (9, 2, 0), (10, 4, 0), (10, 3, 0)
+    pipeline.acceptance = Acceptance("dir", "target", "text", 100, *counts, PROVENANCE)
+    words = ["convert", "src", "-o", str(tmp_path / "m"), "--drafter-target", "target"]
+    assert run(words) == 0
+    assert pipeline.calls[-1][2]["convert"].drafter_target == Path("target")
+    text = capsys.readouterr().out
+    assert "90.0%, 50.0%, - (drafts 1 to 3)" in text
+    assert "100.0%, 75.0%, - (drafts 1 to 3)" in text
+    assert run([*words, "--json"]) == 0
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert last["fidelity"] is None
+    assert last["acceptance"]["accepted"] == [9, 2, 0]
 
 
 def test_plan_shows_curve_and_plan_and_writes_it(sensitivity, tmp_path, capsys):
