@@ -32,11 +32,14 @@ from optiq.conversion import Conversion, Release, heldout_records, measured, pos
 from optiq.data.benchmarks import BenchmarkData
 from optiq.data.chat import prompt as chat_prompt
 from optiq.errors import ArtifactMismatch, TargetMissed, UsageError
+from optiq.eval_artifacts import Comparison
 from optiq.evals import bench as speed
 from optiq.evals import run as benchmarks
+from optiq.evals.compare import compare as compared
 from optiq.evals.fidelity import judge_many
 from optiq.evals.responses import rescore, response_file, score_responses
 from optiq.evals.run import Evaluation, estimate
+from optiq.evals.scores import read_evaluated
 from optiq.evals.subjects.opening import open_subject
 from optiq.events import Emit, no_emit
 from optiq.models.families import check_standalone, is_drafter
@@ -58,6 +61,7 @@ __all__ = [
     "baseline",
     "bench",
     "card",
+    "compare",
     "convert",
     "estimate",
     "evaluate",
@@ -306,6 +310,23 @@ def rival_of(model: Path, run: RunConfig | None = None, emit: Emit = no_emit) ->
     if not out.is_dir():
         uniform.write_uniform(source, uniform.pick_uniform(source, size_on_disk(model)), out, emit)
     return out
+
+
+def compare(a: Path, b: Path, tasks: Sequence[str] = (), *, seed: int = 0) -> Comparison:
+    """Whether one evaluated model is better than another, from logs of the same items.
+
+    Args:
+        a: a directory of logs, or a model directory with logs in `optiq/evals`.
+        b: that of the rival.
+        tasks: benchmarks to compare; all that both have if empty.
+        seed: of the resampling.
+
+    Raises:
+        UsageError: if a directory holds no finished logs of the benchmarks.
+
+    Reference: docs/statistics.md; `evals.compare`.
+    """
+    return compared(read_evaluated(a, tasks), read_evaluated(b, tasks), seed=seed)
 
 
 def generate(

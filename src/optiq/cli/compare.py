@@ -30,13 +30,17 @@ def command(a: Path, b: Path, tasks: tuple[str, ...], seed: int, as_json: bool) 
     A is better if the 95% interval of the difference excludes 0 and its file is not more than 1%
     larger; docs/statistics.md says what each figure is.
     """
-    from optiq.evals.compare import compare
-    from optiq.evals.scores import read_evaluated
+    from optiq import pipeline
 
-    found = compare(read_evaluated(a, tasks), read_evaluated(b, tasks), seed=seed)
+    found = pipeline.compare(a, b, tasks, seed=seed)
     if as_json:
         output.data(found.to_json().rstrip())
         return
+    show(found)
+
+
+def show(found: Comparison) -> None:
+    """Print both models, the benchmarks and the verdict."""
     output.data(output.table([("A", *_about(found, 0)), ("B", *_about(found, 1))]))
     output.data("")
     if found.benchmarks:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from optiq.artifacts import BenchmarkResult
-from optiq.cli import eval_show, output
+from optiq.cli import compare, eval_show, output
 from optiq.cli.options import ConfigCommand, Configs, config_options
 from optiq.configs import EvalConfig, RunConfig, ServedConfig
 from optiq.errors import UsageError
@@ -170,9 +170,15 @@ def _evaluated(
 
 
 def _show(found: list[Evaluation], as_json: bool) -> None:
+    from optiq import pipeline
+
+    two = len(found) == 2
+    comparison = pipeline.compare(found[0].logs, found[1].logs) if two else None
     if as_json:
         own, *rivals = ({**output.as_dict(e.report), "logs": str(e.logs)} for e in found)
-        output.data(json.dumps(own | ({"baseline": rivals[0]} if rivals else {}), indent=1))
+        if comparison is not None:
+            own |= {"baseline": rivals[0], "comparison": output.as_dict(comparison)}
+        output.data(json.dumps(own, indent=1))
         return
     for number, each in enumerate(found):
         report = each.report
@@ -185,6 +191,9 @@ def _show(found: list[Evaluation], as_json: bool) -> None:
             output.data(f"Capability Score {100 * report.mean:.2f}")
         output.say(f"logs and report: {each.logs}")
         _explain(report.benchmarks)
+    if comparison is not None:
+        output.data("")
+        compare.show(comparison)
 
 
 def _row(name: str, result: BenchmarkResult) -> tuple[str, ...]:

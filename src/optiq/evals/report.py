@@ -10,10 +10,8 @@ import numpy as np
 from scipy import special, stats
 
 from optiq.artifacts import BenchmarkResult, EvalLog, EvalReport, SubjectInfo
+from optiq.eval_artifacts import CAPABILITY
 from optiq.evals.log import ItemRecord
-
-SIX = ("mmlu", "gsm8k", "ifeval", "bfcl", "humaneval", "hashhop")
-"""The benchmarks of the Capability Score, in the order of cards."""
 
 _PASS_AT = (1, 5, 10, 50, 100)
 
@@ -106,19 +104,23 @@ def report(
     Returns:
         Benchmarks in the order of cards, others after them. `mean` is there if all six are.
     """
-    order = [name for name in SIX if name in logs] + [n for n in sorted(logs) if n not in SIX]
+    order = [name for name in CAPABILITY if name in logs] + [
+        n for n in sorted(logs) if n not in CAPABILITY
+    ]
     benchmarks = {name: _result(*logs[name]) for name in order}
-    scores = [benchmarks[name].score for name in SIX if name in benchmarks]
-    partial = any("partial" in benchmarks[n].version.split("+") for n in SIX if n in benchmarks)
+    scores = [benchmarks[name].score for name in CAPABILITY if name in benchmarks]
+    partial = any(
+        "partial" in benchmarks[n].version.split("+") for n in CAPABILITY if n in benchmarks
+    )
     known = [score for score in scores if score is not None]
-    whole = len(known) == len(SIX) and not partial
+    whole = len(known) == len(CAPABILITY) and not partial
     return EvalReport(
         model=subject.name,
         source=subject.source,
         size_bytes=subject.size_bytes,
         bpw=subject.bpw,
         benchmarks=benchmarks,
-        mean=sum(known) / len(SIX) if whole else None,
+        mean=sum(known) / len(CAPABILITY) if whole else None,
     )
 
 

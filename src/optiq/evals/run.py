@@ -14,6 +14,7 @@ from optiq.artifacts import EvalLog, EvalReport, OptionValue, SubjectInfo
 from optiq.configs import EvalConfig, RunConfig, ServedConfig
 from optiq.data.benchmarks import BenchmarkData
 from optiq.errors import ArtifactMismatch, UsageError
+from optiq.eval_artifacts import CAPABILITY
 from optiq.evals.exact import from_file
 from optiq.evals.log import (
     ItemRecord,
@@ -27,7 +28,7 @@ from optiq.evals.log import (
     with_fingerprint,
 )
 from optiq.evals.provenance import provenance
-from optiq.evals.report import SIX, finished, report
+from optiq.evals.report import finished, report
 from optiq.evals.subjects.base import Answer, Ask, Subject
 from optiq.evals.subjects.opening import open_subject
 from optiq.evals.task import Chat, Choice, Item, Prompt, Response, Score, Task
@@ -103,9 +104,9 @@ def chosen_tasks(config: EvalConfig, emit: Emit = no_emit) -> list[Task]:
             --allow-code-execution.
     """
     words = [word.strip() for text in config.tasks for word in text.split(",")]
-    names = [name for word in words if word for name in (SIX if word == "all" else (word,))]
+    names = [name for word in words if word for name in (CAPABILITY if word == "all" else (word,))]
     if config.task_file is None:
-        names = names or list(SIX)
+        names = names or list(CAPABILITY)
     tasks = [TASKS.get(name) for name in dict.fromkeys(names)]
     if config.task_file is not None:
         own = from_file(config.task_file)

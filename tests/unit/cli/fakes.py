@@ -6,17 +6,20 @@ from pathlib import Path
 from typing import Any
 
 from optiq.artifacts import (
+    Acceptance,
     BenchmarkResult,
     BitPlan,
     DomainFidelity,
     EvalReport,
-    Acceptance,
     Fidelity,
     QuantOption,
     SensitivityTable,
     Speed,
 )
 from optiq.configs import AllocateConfig
+from optiq.eval_artifacts import Comparison
+from optiq.evals.compare import compare
+from optiq.evals.scores import Evaluated, Scores
 from optiq.quant.allocate import allocate
 from tests.unit.quant.tables import PROVENANCE, llama_modules, random_table
 
@@ -120,6 +123,11 @@ class FakePipeline(types.ModuleType):
         self._note("evaluate", (model, logs), kwargs)
         report = make_report(str(model), whole=self.whole)
         return types.SimpleNamespace(report=report, logs=logs or Path("cache/eval"))
+
+    def compare(self, *args: Any) -> Comparison:
+        self._note("compare", args, {})
+        scores = {"mmlu": Scores("mmlu", "1", ("a", "b", "c"), (1.0, 0.0, 1.0))}
+        return compare(Evaluated("mine", 10, scores), Evaluated("rival", 10, scores))
 
     def estimate(self, *args: Any) -> Any:
         self._note("estimate", args, {})

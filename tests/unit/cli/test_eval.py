@@ -58,9 +58,14 @@ def test_a_url(pipeline):
 def test_a_baseline_is_evaluated_beside(pipeline, capsys, given, rival):
     assert run(["eval", "DIR", "-o", "LOGS", "--baseline", given, "--json"]) == 0
     names = [name for name, _, _ in pipeline.calls]
-    assert names == ["evaluate", *(["rival_of"] if given == "auto" else []), "evaluate"]
-    assert pipeline.calls[-1][1] == (Path(rival), Path("LOGS/baseline"))
-    assert json.loads(capsys.readouterr().out)["baseline"]["model"] == rival
+    assert names == ["evaluate", *(["rival_of"] if given == "auto" else []), "evaluate", "compare"]
+    assert pipeline.calls[-2][1] == (Path(rival), Path("LOGS/baseline"))
+    assert pipeline.calls[-1][1] == (Path("LOGS"), Path("LOGS/baseline"))
+    found = json.loads(capsys.readouterr().out)
+    assert found["baseline"]["model"] == rival
+    assert found["comparison"]["verdict"] == "no_difference"
+    assert run(["eval", "DIR", "-o", "LOGS", "--baseline", given]) == 0
+    assert "a true difference of" in capsys.readouterr().out
 
 
 def test_responses_and_rescore(pipeline):

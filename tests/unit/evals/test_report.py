@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from optiq.artifacts import EvalLog, SubjectInfo
+from optiq.eval_artifacts import CAPABILITY
 from optiq.evals.log import ItemRecord
-from optiq.evals.report import SIX, finished, interval, report
+from optiq.evals.report import finished, interval, report
 from optiq.evals.task import Response, Score
 from tests.unit.quant.tables import PROVENANCE
 
@@ -94,17 +95,17 @@ def test_an_interval_of_fractions_is_of_the_t_distribution():
 
 def test_the_mean_wants_six_whole_benchmarks():
     records = [record("a", 0, 1.0), record("b", 0, 0.0)]
-    logs = {name: (finished(header(name), records), records) for name in SIX}
+    logs = {name: (finished(header(name), records), records) for name in CAPABILITY}
     whole = report(SUBJECT, logs | {"mine": logs["mmlu"]})
     assert whole.mean == 0.5
-    assert list(whole.benchmarks) == [*SIX, "mine"]
+    assert list(whole.benchmarks) == [*CAPABILITY, "mine"]
     assert (whole.model, whole.source, whole.bpw, whole.size_bytes) == (
         "model",
         "source",
         4.5,
         10**6,
     )
-    for name in SIX:
+    for name in CAPABILITY:
         assert report(SUBJECT, {k: v for k, v in logs.items() if k != name}).mean is None
     nulls = [*records, record("c", 0, None)]
     broken = logs | {"bfcl": (finished(header("bfcl"), nulls), nulls)}

@@ -55,7 +55,7 @@ def test_a_run_leaves_records_header_and_report(tmp_path):
 
 
 def test_the_score_of_six_is_their_mean(tmp_path):
-    six = [dataclasses.replace(CHAT, name=name) for name in run.SIX]
+    six = [dataclasses.replace(CHAT, name=name) for name in run.CAPABILITY]
     subject = Stub(right)
     report = evaluate(subject, tmp_path, six[:5])
     assert report.mean is None
@@ -63,7 +63,7 @@ def test_the_score_of_six_is_their_mean(tmp_path):
     report = evaluate(subject, tmp_path, six)
     assert report.mean == 1.0
     assert len(subject.asked) == five + NUM_ITEMS
-    assert list(report.benchmarks) == list(run.SIX)
+    assert list(report.benchmarks) == list(run.CAPABILITY)
 
 
 def test_a_scorer_that_breaks_gives_null_and_no_score(tmp_path):
@@ -284,7 +284,7 @@ class Known:
     """A registry of two."""
 
     def get(self, name):
-        if name not in {*run.SIX, "sums"}:
+        if name not in {*run.CAPABILITY, "sums"}:
             raise UsageError(f"no task '{name}'; there are some")
         return Task(name, name, "1", tasks.items, tasks.chat, tasks.exact,
                     needs_execution=name == "humaneval")  # fmt: skip
@@ -298,7 +298,7 @@ def test_names_of_tasks(monkeypatch):
         return [task.name for task in run.chosen_tasks(config)]
 
     assert names("gsm8k,mmlu", " sums ,gsm8k") == ["gsm8k", "mmlu", "sums"]
-    assert names() == names("all") == list(run.SIX)
+    assert names() == names("all") == list(run.CAPABILITY)
     assert names("gsm8k", allow=False) == ["gsm8k"]
     with pytest.raises(UsageError, match="no task 'mmul'"):
         names("mmlu,mmul")
