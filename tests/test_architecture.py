@@ -122,7 +122,7 @@ def test_commands_and_flags_in_documents_exist(path):
     used = set(re.findall(r"(?:`|^)optiq ([a-z]+)", text, flags=re.MULTILINE))
     assert used <= set(VERBS)
     own = {"--json", "--help", "--like", "--against", "--baseline", "--markdown", "--plot"}
-    own |= {"--logs", "--baseline-logs", "--yes"}
+    own |= {"--logs", "--baseline-logs", "--yes", "--responses"}
     pip = {"--no-deps", "--require-hashes", "--strict"}
     known = own | pip | {"--config"}
     known |= {flag_name(f.name) for t in SECTIONS.values() for f in dataclasses.fields(t)}

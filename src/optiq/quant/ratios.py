@@ -31,7 +31,7 @@ class Sampled(NamedTuple):
     Attributes:
         rows: numbers of the rows, (n,) rising; of a stack of experts, rows of all of them.
         columns: numbers of the columns, (c,).
-        before: errors of min/max rounding, (n, c, options) float32.
+        before: errors of min/max rounding, (n, options, c) float32.
         after: errors of the final rounding, likewise.
     """
 
@@ -93,7 +93,7 @@ def rounding_errors(
     ]
     errors = host_errors if is_cpu() else device.sampled_errors
     given = np.concatenate(rows), options, np.array(matrix[columns][:, columns]), rounding, dtype
-    before, after = (mx.stack(parts, axis=-1) for parts in errors(*given))
+    before, after = (mx.stack(parts, axis=1) for parts in errors(*given))
     found, start = {}, 0
     for info, at in zip(infos, numbers, strict=True):
         part = slice(start, start + len(at))
@@ -113,16 +113,16 @@ def squared_sums(
         x: inputs, (sequences, T, in).
         first_row: row number of the first output.
     """
-    here = (sampled.rows >= first_row) & (sampled.rows < first_row + g.shape[-1])
-    if not here.any():
-        none = np.zeros(sampled.before.shape[-1], np.float32)
+    start, stop = np.searchsorted(sampled.rows, (first_row, first_row + g.shape[-1]))
+    if start == stop:
+        none = np.zeros(sampled.before.shape[1], np.float32)
         return none, none
-    at = mx.array(np.flatnonzero(here))
-    own = g[..., mx.array(sampled.rows[here] - first_row)].astype(mx.float32)
+    own = g[..., mx.array(sampled.rows[start:stop] - first_row)].astype(mx.float32)
     gradient = own.swapaxes(-1, -2) @ x[..., sampled.columns].astype(mx.float32)
     by_row = gradient.swapaxes(0, 1)  # (n, sequences, c)
     before, after = (
-        ((by_row @ errors[at]) ** 2).sum(axis=(0, 1)) for errors in (sampled.before, sampled.after)
+        ((by_row @ errors[start:stop].swapaxes(-1, -2)) ** 2).sum(axis=(0, 1))
+        for errors in (sampled.before, sampled.after)
     )
     return np.array(before), np.array(after)
 

@@ -147,7 +147,7 @@ def test_errors_are_those_of_the_rounding_itself(rounding):
         for n, option in enumerate(menu(128)):
             for quantize, errors in ((rtn, sampled.before), (final, sampled.after)):
                 wanted = w - quantize.quantize(w, option, inputs, "bfloat16").weights()
-                given = np.array(errors[..., n])
+                given = np.array(errors[:, n])
                 # another number of rows is another kernel: a code at a boundary goes either way
                 assert np.mean(np.abs(given - wanted) > 1e-6) < 0.01
 
@@ -158,7 +158,7 @@ def test_the_final_rounding_has_less_weighted_error(rounding):
     weighing = damped(np.array(mild()), gptq.DAMPING)
     for sampled in errors_of(infos, values, rounding).values():
         before, after = (
-            np.einsum("nco,cd,ndo->o", d, weighing, d)
+            np.einsum("noc,cd,nod->o", d, weighing, d)
             for d in (np.array(sampled.before), np.array(sampled.after))
         )
         assert (after <= before * (1 + 1e-3)).all()
@@ -176,7 +176,7 @@ def test_sums_are_those_of_the_gradient_of_every_row():
         (sampled.before, sampled.after),
         strict=True,
     ):
-        s = np.einsum("knc,nco->kno", gradient, np.array(errors, np.float64))
+        s = np.einsum("knc,noc->kno", gradient, np.array(errors, np.float64))
         np.testing.assert_allclose(found, (s**2).sum(axis=(0, 1)), rtol=1e-4)
 
 
@@ -218,14 +218,14 @@ def test_a_long_row_is_sampled_in_whole_groups():
     columns = np.array(sampled.columns).reshape(-1, 128)
     assert columns.size == 2048
     np.testing.assert_array_equal(columns % 128, np.broadcast_to(np.arange(128), columns.shape))
-    assert sampled.after.shape == (4, 2048, len(menu(4096)))
+    assert sampled.after.shape == (4, len(menu(4096)), 2048)
 
 
 @pytest.mark.parametrize("rounding", ["search", "gptq"])
 def test_only_options_of_the_menu(rounding):
     info, odd = ModuleInfo("m", "linear", (8, 96)), ModuleInfo("odd", "linear", (8, 40))
     found = errors_of([info], [weights(0, 8, 96)], rounding, mx.eye(96))
-    assert found["m"].after.shape == (8, 96, len(menu(96))) == (8, 96, 6)
+    assert found["m"].after.shape == (8, len(menu(96)), 96) == (8, 6, 96)
     assert errors_of([odd], [weights(0, 8, 40)], rounding, mx.eye(40)) == {}
 
 
