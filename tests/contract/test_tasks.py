@@ -165,7 +165,6 @@ def test_an_error_that_is_not_of_one_response_ends_the_run(own_data):
 
 @every_task
 def test_items_are_unique_serializable_and_the_same_each_time(name, own_data):
-    needs_checks(name)
     task = TASKS.get(name)
     items = task.dataset(own_data, CONFIG)
     assert len({item.id for item in items}) == len(items)
@@ -178,7 +177,6 @@ def test_items_are_unique_serializable_and_the_same_each_time(name, own_data):
 
 @every_task
 def test_a_limit_takes_items_from_all_over(name, own_data):
-    needs_checks(name)
     task = TASKS.get(name)
     items = [item.id for item in task.dataset(own_data, CONFIG)]
     few = [item.id for item in task.dataset(own_data, limited(3))]
@@ -188,7 +186,6 @@ def test_a_limit_takes_items_from_all_over(name, own_data):
 
 @every_task
 def test_prompts_hold_the_question_and_no_answer_beyond_the_options(name, own_data):
-    needs_checks(name)
     task = TASKS.get(name)
     for item in task.dataset(own_data, limited(5)):
         prompt = task.solver(item, CONFIG)

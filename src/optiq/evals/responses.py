@@ -30,8 +30,8 @@ from optiq.evals.provenance import provenance
 from optiq.evals.report import finished
 from optiq.evals.run import (
     Evaluation,
-    check_execution,
     check_folder,
+    check_ready,
     chosen_tasks,
     options_of,
     score_of,
@@ -287,7 +287,7 @@ def rescore(
         for name, header in headers.items()
     }
     for name, old in configs.items():
-        check_execution([_task(name, old)], old)
+        check_ready([_task(name, old)], old)
     for name, header in headers.items():
         data = BenchmarkData(config.data_dir or configs[name].data_dir, offline)
         _rescore(folder, header, configs[name], data, emit)

@@ -113,15 +113,15 @@ def chosen_tasks(config: EvalConfig, emit: Emit = no_emit) -> list[Task]:
         tasks.append(own.task)
         for reason, count in own.skipped.items():
             emit(Notice(f"{own.task.name}: {count} items are left out: {reason}", "warning"))
-    check_execution(tasks, config)
+    check_ready(tasks, config)
     return tasks
 
 
-def check_execution(tasks: Sequence[Task], config: EvalConfig) -> None:
-    """Refuse benchmarks that run code which nobody allowed.
+def check_ready(tasks: Sequence[Task], config: EvalConfig) -> None:
+    """Refuse benchmarks that cannot be scored, or that run code which nobody allowed.
 
     Raises:
-        UsageError: names the flag.
+        UsageError: names the flag, or what is missing.
     """
     for task in tasks:
         if task.needs_execution and not config.allow_code_execution:
@@ -129,6 +129,7 @@ def check_execution(tasks: Sequence[Task], config: EvalConfig) -> None:
                 f"{task.name} runs code that the model wrote; give --allow-code-execution, or "
                 f"choose others with --tasks"
             )
+        task.ready(config)
 
 
 def evaluate(

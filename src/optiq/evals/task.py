@@ -130,6 +130,7 @@ class Task:
         solver: the prompt of an item.
         scorer: the score of a response to an item.
         needs_execution: scoring runs code that the model wrote.
+        ready: raises what would make scoring fail, before anything is asked.
         files: keys of `optiq.data.benchmarks.FILES` that the items are made from.
         groups: kinds of parts and the part of each that an item belongs to, for figures by part.
     """
@@ -142,6 +143,7 @@ class Task:
     scorer: Callable[[Item, Response, EvalConfig], Score]
     variant: Callable[[EvalConfig], str] = lambda _config: ""
     needs_execution: bool = False
+    ready: Callable[[EvalConfig], None] = lambda _config: None
     files: tuple[str, ...] = ()
     groups: Callable[[Item], Mapping[str, str]] = lambda _item: {}
 

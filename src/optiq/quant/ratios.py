@@ -30,13 +30,13 @@ class Sampled(NamedTuple):
 
     Attributes:
         rows: numbers of the rows, (n,) rising; of a stack of experts, rows of all of them.
-        columns: numbers of the columns, (c,).
+        columns: numbers of the columns, (c,); None for all.
         before: errors of min/max rounding, (n, options, c) float32.
         after: errors of the final rounding, likewise.
     """
 
     rows: npt.NDArray[np.int64]
-    columns: mx.array
+    columns: mx.array | None
     before: mx.array
     after: mx.array
 
@@ -47,17 +47,22 @@ def sampled_rows(num_rows: int) -> npt.NDArray[np.int64]:
     return np.linspace(0, num_rows - 1, count).round().astype(np.int64)
 
 
-def sampled_columns(in_dims: int) -> mx.array:
-    """All columns, or of a long row evenly spaced runs of whole groups, 2048 columns in all.
+def sampled_columns(in_dims: int) -> mx.array | None:
+    """None for all columns, or of a long row evenly spaced runs of whole groups, 2048 in all.
 
     Error feedback over a part of the columns leaves a little more error than over all of them; the
     cost of factorizing the inputs would grow with the cube of their number.
     """
     if in_dims <= _MAX_COLUMNS:
-        return mx.arange(in_dims)
+        return None
     run = max(size for size in GROUP_SIZES if in_dims % size == 0)
     starts = np.linspace(0, in_dims // run - 1, _MAX_COLUMNS // run).round().astype(np.int64) * run
     return mx.array((starts[:, None] + np.arange(run)).reshape(-1))
+
+
+def at_columns(array: mx.array, columns: mx.array | None) -> mx.array:
+    """(..., in) -> (..., c): the array at some columns, or itself for all."""
+    return array if columns is None else array[..., columns]
 
 
 def rounding_errors(
@@ -72,7 +77,7 @@ def rounding_errors(
     Args:
         infos: modules that read the same inputs.
         weights: their weights, in the source dtype.
-        matrix: Gram matrix of the inputs, (in, in).
+        matrix: Gram matrix of the inputs at `sampled_columns`, (c, c).
         rounding: the rounding convert will use; with `rtn` there is nothing to compare.
         dtype: stored dtype of scales and biases.
 
@@ -88,11 +93,11 @@ def rounding_errors(
     columns = sampled_columns(infos[0].in_dims)
     numbers = [sampled_rows(w.size // w.shape[-1]) for w in weights]
     rows = [
-        np.array(w.reshape(-1, w.shape[-1])[mx.array(at)][:, columns].astype(mx.float32))
+        np.array(at_columns(w.reshape(-1, w.shape[-1])[mx.array(at)], columns).astype(mx.float32))
         for w, at in zip(weights, numbers, strict=True)
     ]
     errors = host_errors if is_cpu() else device.sampled_errors
-    given = np.concatenate(rows), options, np.array(matrix[columns][:, columns]), rounding, dtype
+    given = np.concatenate(rows), options, np.array(matrix), rounding, dtype
     before, after = (mx.stack(parts, axis=1) for parts in errors(*given))
     found, start = {}, 0
     for info, at in zip(infos, numbers, strict=True):
@@ -118,7 +123,7 @@ def squared_sums(
         none = np.zeros(sampled.before.shape[1], np.float32)
         return none, none
     own = g[..., mx.array(sampled.rows[start:stop] - first_row)].astype(mx.float32)
-    gradient = own.swapaxes(-1, -2) @ x[..., sampled.columns].astype(mx.float32)
+    gradient = own.swapaxes(-1, -2) @ at_columns(x, sampled.columns).astype(mx.float32)
     by_row = gradient.swapaxes(0, 1)  # (n, sequences, c)
     before, after = (
         ((by_row @ errors[start:stop].swapaxes(-1, -2)) ** 2).sum(axis=(0, 1))

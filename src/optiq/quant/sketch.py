@@ -34,7 +34,13 @@ from optiq.models.taps import Call, tapped
 from optiq.numerics.affine import Grid, decode, encode, grouped, minmax_grid
 from optiq.numerics.lattice import BITS, Lattice, find_lattice
 from optiq.quant.grams import GramStore
-from optiq.quant.ratios import Sampled, rounding_errors, squared_sums
+from optiq.quant.ratios import (
+    Sampled,
+    at_columns,
+    rounding_errors,
+    sampled_columns,
+    squared_sums,
+)
 
 FloatArray = npt.NDArray[np.float32]
 _CHUNK_WEIGHTS = 1 << 19 if is_cpu() else 1 << 23  # cache of a core; launches of a GPU
@@ -378,7 +384,7 @@ class Sketch:
                     given = [o[rows] for o in outputs]
                     logits = self.stream.logits(rows, given).astype(mx.float32)
                     if start == 0:
-                        self._grams.add([c for c in taps.calls if not c.lookup])
+                        self._grams.add(_at_sampled_columns(taps.calls))
                         top.append(logits.max(axis=-1))
                         power.append(mx.zeros_like(top[n]))
                         mixed.append(mx.zeros_like(top[n]))
@@ -428,7 +434,7 @@ class Sketch:
         shared: dict[int, mx.array] = {}
 
         def visit(rows: slice, calls: list[Call]) -> None:
-            self._grams.add([call for call in calls if call.g is not None])
+            self._grams.add(_at_sampled_columns([call for call in calls if call.g is not None]))
             for call in calls:
                 if call.g is None:
                     continue
@@ -519,6 +525,15 @@ class Sketch:
             d = deltas(weight[picked].astype(mx.float32), score.options, lattice, self.source.dtype)
             gradient = mx.zeros((len(used), g.shape[-1])).at[mx.array(position)].add(g[n])
             score.s[rows.start + n] += np.array(d @ gradient.reshape(-1))
+
+
+def _at_sampled_columns(calls: Sequence[Call]) -> list[Call]:
+    """Calls with the columns of their inputs that ratios look at; what shares inputs still does."""
+    inputs: dict[int, mx.array] = {}
+    for call in calls:
+        if not call.lookup and id(call.x) not in inputs:
+            inputs[id(call.x)] = at_columns(call.x, sampled_columns(call.x.shape[-1]))
+    return [Call(call.path, inputs[id(call.x)]) for call in calls if not call.lookup]
 
 
 def _part(lattice: Lattice, at: slice | int | mx.array) -> Lattice:

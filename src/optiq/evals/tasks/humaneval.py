@@ -36,13 +36,12 @@ _MAX_BEGINS, _MAX_CUTS = 5, 20
 _FUTURE = re.compile(r"^from __future__ import .*\n?", re.M)
 
 
-def dataset(data: BenchmarkData, config: EvalConfig) -> Sequence[Item]:
-    """All problems, once the sandbox is known to hold.
-
-    Raises:
-        UsageError: if code may not run or cannot be contained, or if the file is not HumanEval's.
-    """
+def _ready(config: EvalConfig) -> None:
+    """Try the walls of the sandbox."""
     sandbox.for_config(config)
+
+
+def _dataset(data: BenchmarkData, config: EvalConfig) -> Sequence[Item]:
     rows = data.load(_FILE).rows
     items = [Item(row["task_id"], {name: row[name] for name in _FIELDS}) for row in rows]
     return evenly(items, config.limit)
@@ -189,10 +188,11 @@ TASK = Task(
     name="humaneval",
     title="HumanEval",
     version="1",
-    dataset=dataset,
+    dataset=_dataset,
     solver=solver,
     scorer=scorer,
     variant=_variant,
     files=(_FILE,),
     needs_execution=True,
+    ready=_ready,
 )

@@ -24,6 +24,10 @@ _MAX_TOKENS = 1280
 _SENTENCES = "tokenizers/punkt_tab/english/"
 
 
+def _ready(_config: EvalConfig) -> None:
+    _checks()
+
+
 def _dataset(data: BenchmarkData, config: EvalConfig) -> Sequence[Item]:
     items = []
     for row in data.load("ifeval/input").rows:
@@ -125,4 +129,5 @@ TASK = Task(
     dataset=_dataset,
     solver=_solver,
     scorer=_scorer,
+    ready=_ready,
 )

@@ -149,10 +149,9 @@ def test_the_problem_is_asked_as_a_message_or_as_text():
     assert TASK.full_version(CONFIG) != TASK.full_version(text)
 
 
-def test_problems_are_read_only_where_code_may_run():
-    row = {"task_id": ITEM.id, **ITEM.fields, "canonical_solution": BODY}
+def test_it_is_ready_only_where_code_may_run():
     with pytest.raises(UsageError, match="--allow-code-execution"):
-        TASK.dataset(Rows(row), EvalConfig())
+        TASK.ready(EvalConfig())
 
 
 @pytest.mark.usefixtures("allowed")
