@@ -95,12 +95,12 @@ class LocalModel:
         )
 
     def _bpw(self) -> float | None:
-        """Stored bits per weight; None for a format that is not affine."""
+        """Stored bits per weight; None for a format that is not affine or names of a source."""
         quantization = self._config.get("quantization") or {}
         modes = {q.get("mode", "affine") for q in quantization.values() if isinstance(q, dict)}
         if modes | {quantization.get("mode", "affine")} != {"affine"}:
             return None
-        return stored_bpw(self._path, open_quantized(self._path).modules)
+        return stored_bpw(self._path, open_quantized(self._path).modules) or None
 
     @property
     def has_template(self) -> bool:
