@@ -347,12 +347,12 @@ class Engine:
 
     def _states(self, prompt: Prompt, cache: Any) -> mx.array:  # noqa: ANN401
         """States after all tokens, a chunk at a time."""
-        image = self._target.image_token_id if prompt.features is not None else None
-        used, out = 0, []
+        features, used, out = prompt.features, 0, []
+        image = self._target.image_token_id if features is not None else None
         for part in chunks(prompt.tokens, _CHUNK, image):
             tokens = prompt.tokens[part]
-            count = sum(token == image for token in tokens) if image is not None else 0
-            given = prompt.features[used : used + count] if count and prompt.features is not None else None
+            count = tokens.count(image) if image is not None else 0
+            given = features[used : used + count] if features is not None and count else None
             used += count
             out.append(self._target.states(as_row(tokens), cache, given))
             mx.eval(out[-1], cache.arrays)

@@ -291,7 +291,9 @@ class SequenceCache:
     """
 
     def __init__(self, layers: Sequence[Any], slack: int = 0) -> None:
-        self.layers = [x if isinstance(x, KeyValueCache) else _own(x, slack) for x in layers]
+        self.layers: list[Any] = [
+            x if isinstance(x, KeyValueCache) else _own(x, slack) for x in layers
+        ]
         self.length = 0
 
     @property
@@ -372,7 +374,7 @@ def _row(layer: Any, index: int) -> Any:  # noqa: ANN401
         return layer.row(index)
     if isinstance(layer, CacheList):
         return CacheList(*(_row(part, index) for part in layer.caches))
-    out = ArraysCache(len(layer.cache))
+    out: Any = ArraysCache(len(layer.cache))
     out.cache = [None if x is None else x[index : index + 1] for x in layer.cache]
     return out
 
@@ -383,7 +385,7 @@ def _joined(layers: Sequence[Any]) -> Any:  # noqa: ANN401
         return KeyValueCache.join(layers)
     if isinstance(first, CacheList):
         return CacheList(*map(_joined, zip(*(layer.caches for layer in layers), strict=True)))
-    out = ArraysCache(len(first.cache))
-    columns: Any = zip(*(layer.cache for layer in layers), strict=True)
+    out: Any = ArraysCache(len(first.cache))
+    columns = zip(*(layer.cache for layer in layers), strict=True)
     out.cache = [None if xs[0] is None else mx.concatenate(list(xs)) for xs in columns]
     return out
