@@ -185,7 +185,7 @@ class Engine:
         self.prompts = Prompts(folder, opened.config, self.tokenizer)
         self._defaults = read_generation(folder)
         self._stop = frozenset(self._defaults.stop) | set(self.tokenizer.eos_token_ids)
-        self._output = OutputFormat(self.tokenizer)
+        self._output = OutputFormat.of(self.tokenizer)
         self._drafter: Drafter | None = None
         if drafter is not None:
             pairing = Pairing(
