@@ -87,26 +87,6 @@ def render(
         ) from None
 
 
-def prompt(tokenizer: TokenizerWrapper, text: str) -> list[int]:
-    """Token ids of one user turn that waits for its answer.
-
-    A model without a chat template gets the text itself.
-
-    Raises:
-        UsageError: if the template refuses it.
-    """
-    if not tokenizer.has_chat_template:
-        plain: list[int] = tokenizer.encode(text)
-        return plain
-    try:
-        ids: list[int] = tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], add_generation_prompt=True
-        )
-    except _TEMPLATE_ERRORS as error:
-        raise UsageError(f"the chat template of the model refuses a user turn: {error}") from None
-    return ids
-
-
 def question(
     tokenizer: TokenizerWrapper,
     messages: Sequence[Message],
