@@ -2,7 +2,8 @@
 
 `measure`, `allocate`, `convert` and `judge` are the stages of the pipeline; each takes the
 dataclass of its options and returns an artifact; `load` gives a model that writes. They are loaded
-on first use, so that importing optiq is cheap. On Linux CPU importing optiq loads an optimized BLAS, if MLX is not there yet.
+on first use, so that importing optiq is cheap. On Linux CPU importing optiq loads an optimized
+BLAS, if MLX is not there yet.
 """
 
 from __future__ import annotations

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from optiq.artifacts import (
+    Acceptance,
     BenchmarkResult,
     BitPlan,
     DomainFidelity,
     EvalReport,
-    Acceptance,
     Fidelity,
     QuantOption,
     SensitivityTable,
