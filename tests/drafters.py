@@ -40,7 +40,9 @@ class Forced:
             if answer is not None and list(tokens[size:]) == answer[: len(tokens) - size]:
                 truth = answer[len(tokens) - size :][:count]
                 right = self._coin.random(len(truth)) < self._chance
-                return [t if ok else (t + 1) % self._size for t, ok in zip(truth, right, strict=True)]
+                return [
+                    t if ok else (t + 1) % self._size for t, ok in zip(truth, right, strict=True)
+                ]
         return [0] * count
 
     def logits(self, *_: Any) -> mx.array:

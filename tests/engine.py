@@ -23,9 +23,7 @@ _SMALL = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, 
 CONFIGS: dict[str, dict[str, Any]] = {
     "full": tiny_config("llama", **_SMALL, num_key_value_heads=1),
     "sliding": tiny_config("gemma3_text", **_SMALL, sliding_window=6, num_key_value_heads=1),
-    "shared": tiny_config(
-        "gemma4_text", **_SMALL, sliding_window=6, hidden_size_per_layer_input=8
-    ),
+    "shared": tiny_config("gemma4_text", **_SMALL, sliding_window=6, hidden_size_per_layer_input=8),
     "arrays": {
         "model_type": "lfm2",
         "vocab_size": VOCAB,

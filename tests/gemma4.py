@@ -15,6 +15,7 @@ from optiq.models.load import Source, open_source
 TINY = Path(__file__).parent / "assets" / "gemma4-tiny"
 TARGET, ASSISTANT = TINY / "target", TINY / "assistant"
 INFO: dict[str, Any] = json.loads((TINY / "reference.json").read_text())
+SUPPRESSED = (510, 509)
 LIMIT = 1e-3
 """Largest difference of a logit: wrong masks differ by 0.65 and more."""
 
