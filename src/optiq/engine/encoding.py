@@ -10,7 +10,7 @@ a special token of, is U+FFFD.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 
 from tokenizers import AddedToken, Tokenizer, pre_tokenizers
@@ -166,7 +166,7 @@ class Guard:
         """A JSON value with guards in all its texts, keys among them."""
         if isinstance(value, str):
             return self.text(value)
-        if isinstance(value, dict):
+        if isinstance(value, Mapping):
             return {self.value(key): self.value(one) for key, one in value.items()}
         if isinstance(value, list | tuple):
             return [self.value(one) for one in value]
@@ -186,8 +186,9 @@ def _has_all_bytes(backend: Tokenizer) -> bool:
     model = backend.model
     if getattr(model, "byte_fallback", False):
         return all(model.token_to_id(f"<0x{byte:02X}>") is not None for byte in range(256))
+    is_byte_level = "ByteLevel" in str(backend.pre_tokenizer)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    return all(model.token_to_id(character) is not None for character in alphabet)
+    return is_byte_level and all(model.token_to_id(one) is not None for one in alphabet)
 
 
 def _proper(contents: Sequence[str], *, from_start: bool) -> tuple[str, ...]:

@@ -113,7 +113,8 @@ class Prompter:
         images = tuple(part.pop("source") for part in _image_parts(turns))
         final = self._final(turns) if options.continue_final else ""
         self._check_places(turns, options.tools)
-        guard = self._encoder.guard_for(_texts([turns, [dict(t) for t in options.tools], final]))
+        _check_tools(options.tools)
+        guard = self._encoder.guard_for(_texts([turns, options.tools, final]))
         guarded = [self._shaped(turn, guard) for turn in turns]
         text = self._rendered(guarded, guard.value(list(options.tools)), options.thinking)
         ids = self._with_bos(guard.encode(text))
@@ -293,6 +294,14 @@ def _call(call: Any, where: str) -> dict[str, Any]:  # noqa: ANN401  any JSON va
     }
 
 
+def _check_tools(tools: Sequence[Tool]) -> None:
+    for i, tool in enumerate(tools):
+        function = tool.get("function") if isinstance(tool, Mapping) else None
+        name = function.get("name") if isinstance(function, Mapping) else None
+        if not isinstance(name, str) or not name:
+            raise UsageError(f"tools[{i}] is no function with a name; give an OpenAI function")
+
+
 def _named_results(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Results of calls with the name of the function, which some templates ask for."""
     names: dict[str, str] = {}
@@ -348,7 +357,7 @@ def _image_parts(turns: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 def _texts(value: Any) -> Iterator[str]:  # noqa: ANN401  any JSON value
     if isinstance(value, str):
         yield value
-    elif isinstance(value, dict):
+    elif isinstance(value, Mapping):
         yield from (str(key) for key in value)
         for one in value.values():
             yield from _texts(one)

@@ -1,6 +1,7 @@
 """Messages -> token ids: what templates write is special, what people write is not."""
 
 import json
+from types import MappingProxyType
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -379,6 +380,18 @@ def test_raw_text_has_bos_once_and_its_special_tokens(prompter, gemma, chatml, t
 def test_messages_that_are_none_are_refused(prompter, messages, words):
     with pytest.raises(UsageError, match=words):
         prompter.chat(messages)
+
+
+@pytest.mark.parametrize("tool", [{}, {"type": "function"}, {"function": {"name": 3}}, "weather"])
+def test_tools_that_are_none_are_refused(prompter, tool):
+    with pytest.raises(UsageError, match=r"tools\[1\] is no function with a name"):
+        prompter.chat([user("a")], ChatOptions(tools=[CITY, tool]))
+
+
+def test_tools_may_be_any_mappings(prompter):
+    frozen = MappingProxyType(CITY | {"function": MappingProxyType(CITY["function"])})
+    want = prompter.chat([user("a")], ChatOptions(tools=[CITY])).ids
+    assert prompter.chat([user("a")], ChatOptions(tools=(frozen,))).ids == want
 
 
 def test_what_a_template_would_leave_out_is_refused(chatml, tmp_path):
