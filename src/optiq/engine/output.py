@@ -109,7 +109,7 @@ class OutputParser:
         self._trouble = ""
         self._raw = ""  # of a block that cannot be read
         self._held: list[int] = []  # may begin a marker
-        self._skip_space = False  # after thinking or calls, white space is layout
+        self._skip_lines = False  # after thinking or calls, line breaks are layout
         self._events: list[Event] = []
         self._num_calls = 0
         self.stopped: str | None = None
@@ -224,7 +224,7 @@ class OutputParser:
             self._reader = self._form.calls.reader(self._writer, self._tools)
             self._trouble, self._raw = "", literal
         elif was is not _Part.ANSWER:
-            self._skip_space = True
+            self._skip_lines = True
 
     def _leave(self, literal: str = "") -> None:
         """Finish the present part; `literal` is the marker that ends a block of calls."""
@@ -260,9 +260,9 @@ class OutputParser:
             self._read(text)
 
     def _answer(self, text: str) -> None:
-        if self._skip_space:
-            text = text.lstrip()
-            self._skip_space = not text
+        if self._skip_lines:
+            text = text.lstrip("\n")
+            self._skip_lines = not text
         shown, self.stopped = self._stop.push(text)
         self._say(shown)
 

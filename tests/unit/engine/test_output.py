@@ -24,6 +24,7 @@ from optiq.engine.events import (
 )
 from optiq.engine.output import OutputFormat
 from optiq.engine.text import backend_of
+from optiq.engine.tools.schema import Schema, bare_json
 from optiq.upstream import tokenizer_of
 from tests.tiny import write_tokenizer
 
@@ -285,3 +286,42 @@ def test_a_model_without_marks(tiny_tokenizer):
     assert (form.reasoning, form.calls) == (None, None)
     ids = tokens(tiny_tokenizer, "<think>a<|im_end|>b")
     assert collect(read(form, ids)).text == "<think>ab"
+
+
+@pytest.mark.parametrize(
+    ("text", "schema", "want"),
+    [
+        ("1", {"enum": ["1", "2"]}, '"1"'),
+        ("1", {"enum": [1, 2]}, "1"),
+        ("a", {"const": "a"}, '"a"'),
+        ("true", {"type": "string"}, '"true"'),
+        ("None", {"type": ["integer", "null"]}, "null"),
+        ("None", {"type": "integer", "nullable": True}, "null"),
+        ("7", {"oneOf": [{"type": "string"}, {"type": "integer"}]}, "7"),
+        ("7.5", {"oneOf": [{"type": "string"}, {"type": "integer"}]}, '"7.5"'),
+        ("9" * 301, {}, '"' + "9" * 301 + '"'),
+        ("01", {}, '"01"'),
+        ("NaN", {"type": "number"}, '"NaN"'),
+        ("x", {"$ref": "#"}, '"x"'),
+        ("x", {"$ref": "#/loop"}, '"x"'),
+        ("5", {"$ref": "#/$defs/none"}, "5"),
+    ],
+)
+def test_bare_values_by_their_schema(text, schema, want):
+    root = {"loop": {"$ref": "#/loop"}}
+    assert bare_json(text, Schema(schema, root).types()) == want
+
+
+def test_schemas_of_nested_values(gemma, gemma_format):
+    inner = {"type": "object", "additionalProperties": {"type": "string"}}
+    places = {"type": "array", "items": {"type": "object", "properties": {"zip": inner}}}
+    tool = {"function": {"name": "go", "parameters": {"properties": {"places": places}}}}
+    ids = tokens(gemma, "<|tool_call>call:go{places:[{zip:{a:1,b:true},n:1}]}<tool_call|>")
+    (call,) = collect(read(gemma_format, ids, tools=[tool])).tool_calls
+    assert call.data() == {"places": [{"zip": {"a": "1", "b": "true"}, "n": 1}]}
+
+
+def test_calls_too_deep_are_text(gemma, gemma_format):
+    for depth, calls in ((60, 1), (70, 0)):
+        text = f"<|tool_call>call:now{{a:{'[' * depth}{']' * depth}}}<tool_call|>"
+        assert len(collect(read(gemma_format, tokens(gemma, text))).tool_calls) == calls

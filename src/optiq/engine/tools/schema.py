@@ -15,6 +15,7 @@ _LONGEST_NUMBER = 300  # digits; readers of JSON refuse longer ones
 _WORDS = {"true", "false", "null"}
 _PYTHON_WORDS = {"True": "true", "False": "false", "None": "null"}
 _MOST_REFERENCES = 32  # a schema that goes deeper refers to itself
+_TYPES = {str: "string", bool: "boolean", int: "integer", float: "number", type(None): "null"}
 _UNIONS = ("anyOf", "oneOf", "allOf")
 
 
@@ -59,6 +60,8 @@ class Schema:
         for node in self._nodes():
             kind = node.get("type")
             names.update(str(name).lower() for name in (kind if isinstance(kind, list) else [kind]))
+            if kind is None:
+                names.update(_kinds(node))
             if node.get("nullable") is True:
                 names.add("null")
         names.discard("none")
@@ -86,6 +89,12 @@ class Schema:
         for part in reference[2:].split("/"):
             node = node.get(part) if isinstance(node, Mapping) else None
         return node
+
+
+def _kinds(node: Mapping[str, Any]) -> set[str]:
+    """Types of the values that a schema lists."""
+    values = node.get("enum", [node["const"]] if "const" in node else [])
+    return {_TYPES[type(value)] for value in values if type(value) in _TYPES}
 
 
 def _has_extra(node: Mapping[str, Any]) -> bool:
