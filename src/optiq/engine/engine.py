@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from optiq.backend import mx
-from optiq.data.chat import Message, Tool
 from optiq.engine.drafters import Drafter, Pairing, open_drafter
 from optiq.engine.events import (
     Answer,
@@ -24,6 +23,7 @@ from optiq.engine.events import (
 )
 from optiq.engine.loading import Opened, open_target
 from optiq.engine.loop import Loop
+from optiq.engine.messages import ChatOptions, Message, Tool
 from optiq.engine.output import OutputFormat
 from optiq.engine.pace import MAX_DRAFTS, DraftReport
 from optiq.engine.prompts import Prompt, Prompts
@@ -224,7 +224,7 @@ class Engine:
             prompt: text to go on with, in which special tokens are parsed, or messages, which go
                 through the chat template.
             images: pictures, paths, or patches with positions; the prompt has an image marker, the
-                messages a part of type `image`, for each.
+                messages a part of type `image`, for each. Default: what the parts hold.
             tools: OpenAI function schemas, for messages.
             thinking: let the model think first, where it can.
             image_detail: soft tokens of an image at most, or `low`, `auto`, `high`.
@@ -243,10 +243,10 @@ class Engine:
         if isinstance(prompt, str):
             if tools or thinking:
                 raise UsageError("tools and thinking need messages; the prompt is text")
-            ids = self.prompts.raw(prompt)
+            read = self.prompts.raw(prompt, images, image_detail)
         else:
-            ids = self.prompts.chat(prompt, tools, thinking=thinking)
-        read = self.prompts.with_images(ids, images, image_detail)
+            chat = ChatOptions(tools, thinking)
+            read = self.prompts.chat(prompt, chat, images, image_detail)
         request = Request(
             read.tokens,
             settings,

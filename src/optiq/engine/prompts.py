@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from optiq.backend import mx
-from optiq.data.calibration import needs_bos
-from optiq.data.chat import Message, Tool, offers_tools, question
+from optiq.engine.messages import ChatOptions, Message, Prompter
 from optiq.errors import UsageError
 from optiq.models.vision.gemma4 import Gemma4Vision, Picture
 from optiq.models.vision.patches import Detail
@@ -40,8 +39,7 @@ class Prompts:
 
     def __init__(self, folder: Path, config: dict[str, Any], tokenizer: TokenizerWrapper) -> None:
         self._folder, self._config, self._tokenizer = folder, config, tokenizer
-        self._bos = tokenizer.bos_token_id if needs_bos(tokenizer, config) else None
-        self._image: int | None = config.get("image_token_id")
+        self._text = Prompter(tokenizer, config)
         self._vision: Gemma4Vision | None = None
 
     @property
@@ -61,61 +59,62 @@ class Prompts:
         """Whether messages can be given."""
         return bool(self._tokenizer.has_chat_template)
 
-    def raw(self, text: str) -> list[int]:
+    def raw(
+        self, text: str, images: Sequence[Picture] = (), wanted: int | Detail | None = None
+    ) -> Prompt:
         """Text to go on with: one BOS where the model wants it; special tokens are parsed.
 
-        Raises:
-            UsageError: if it comes to no token at all.
-        """
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
-        if self._bos is not None and ids[:1] != [self._bos]:
-            ids = [self._bos, *ids]
-        if not ids:
-            raise UsageError("the prompt is empty; give some text")
-        return ids
-
-    def chat(
-        self, messages: Sequence[Message], tools: Sequence[Tool] = (), *, thinking: bool = False
-    ) -> list[int]:
-        """A conversation that waits for the model's turn.
-
-        Raises:
-            UsageError: if there is no chat template, or it refuses the conversation or the tools.
-        """
-        if not messages:
-            raise UsageError("there are no messages; give at least one")
-        if not self.has_template:
-            raise UsageError(f"{self._folder} has no chat template; give the prompt as text")
-        if tools and not offers_tools(self._tokenizer):
-            raise UsageError(f"the chat template of {self._folder} has no place for tools")
-        text = question(self._tokenizer, messages, tools, thinking=thinking)
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
-        return ids
-
-    def with_images(
-        self, tokens: Sequence[int], images: Sequence[Picture], wanted: int | Detail | None = None
-    ) -> Prompt:
-        """A prompt with one image token for each image, in order.
-
         Args:
-            tokens: the prompt.
+            text: with one image marker for each image.
             images: pictures, paths, or patches with their positions.
             wanted: soft tokens of each at most, or the detail.
 
         Raises:
-            UsageError: if there are not as many places as images, or an image cannot be read.
+            UsageError: if it is empty, the images are not as many as the markers, or one of them
+                cannot be read.
         """
+        if images:
+            self.vision  # noqa: B018  a model that cannot see says so before anything else
+        return self._with_images(self._text.raw(text, len(images)).ids, images, wanted)
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        options: ChatOptions,
+        images: Sequence[Picture] = (),
+        wanted: int | Detail | None = None,
+    ) -> Prompt:
+        """A conversation that waits for the model's turn.
+
+        Args:
+            messages: OpenAI style, with a part of type `image` for each image.
+            options: tools and thinking.
+            images: pictures, paths, or patches with their positions; default: what the parts hold.
+            wanted: soft tokens of each at most, or the detail.
+
+        Raises:
+            UsageError: if there is no chat template, it has no place for something, the images are
+                not as many as the parts, or one of them cannot be read.
+        """
+        read = self._text.chat(messages, options)
+        held = [image for image in read.images if image is not None]
+        if not images and len(held) == len(read.images):
+            images = held
+        if len(images) != len(read.images):
+            raise UsageError(
+                f"the messages have {len(read.images)} places for images and {len(images)} images "
+                "were given; give one image for each place"
+            )
+        return self._with_images(read.ids, images, wanted)
+
+    def _with_images(
+        self, tokens: Sequence[int], images: Sequence[Picture], wanted: int | Detail | None
+    ) -> Prompt:
+        """A prompt of which every image token becomes the soft tokens of an image."""
         if not images:
-            places = 0 if self._image is None else list(tokens).count(self._image)
-            if places:
-                raise UsageError(
-                    f"the prompt has {places} places for images and 0 images were given; give one "
-                    "image for each place"
-                )
             return Prompt(tuple(tokens))
         patches = [self.vision.patches(image, wanted) for image in images]
-        expanded = self.vision.expand(tokens, patches)
-        return Prompt(tuple(expanded), self._features(patches))
+        return Prompt(tuple(self.vision.expand(tokens, patches)), self._features(patches))
 
     def expanded(
         self, tokens: Sequence[int], images: Sequence[Picture], wanted: int | Detail | None = None
@@ -137,7 +136,7 @@ class Prompts:
         return features
 
 
-def user_message(text: str, num_images: int = 0) -> Message:
+def user_message(text: str, num_images: int = 0) -> dict[str, Any]:
     """A user turn with its images in front."""
     if not num_images:
         return {"role": "user", "content": text}
