@@ -11,6 +11,7 @@ from optiq.backend import mx, nn
 from optiq.models.families.gemma4 import Gemma4, ImageMask
 from optiq.models.families.gemma4_assistant import Model as AssistantModel
 from optiq.models.load import Source, open_source
+from optiq.models.vision.patches import Patches
 
 TINY = Path(__file__).parent / "assets" / "gemma4-tiny"
 TARGET, ASSISTANT = TINY / "target", TINY / "assistant"
@@ -71,3 +72,11 @@ def prefilled(model: Gemma4, case: str, chunk: int, slack: int = 0) -> mx.array:
     ids, features = inputs(case)
     states = list(model.prefill(ids, model.make_cache(slack), features, chunk))
     return model.logits(mx.concatenate(states, axis=1))[0]
+
+
+def stored_patches(name: str) -> list[Patches]:
+    """The reference's patches, image by image."""
+    arrays = [reference()[f"image/{name}/{leaf}"] for leaf in ("patches", "positions")]
+    cuts = np.cumsum(reference()[f"image/{name}/soft_tokens"])[:-1]
+    pieces = [np.split(array, cuts) for array in arrays]
+    return [Patches(*pair) for pair in zip(*pieces, strict=True)]
