@@ -21,6 +21,7 @@ class Forced:
     """
 
     name = "forced"
+    reads_states = False
 
     def __init__(
         self, answers: dict[tuple[int, ...], list[int]], chance: float, vocab_size: int

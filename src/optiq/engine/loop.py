@@ -84,9 +84,9 @@ class Loop:
         """Run one step. What fails for one sequence ends that sequence, with its `error`."""
         step = self._scheduler.next()
         writing = [self._sequences[number] for number in step.decode]
-        alone = [s for s in writing if len(writing) == 1 or len(s.unread) > 1]
+        alone = [s for s in writing if len(writing) == 1 or s.begins_alone]
         together = [s for s in writing if s not in alone]
-        if len(together) == 1:  # its company reads an image this time
+        if len(together) == 1:  # its company begins
             alone, together = writing, []
         self._batch.arrange(together)
         for sequence in alone:
@@ -114,7 +114,11 @@ class Loop:
         """The next chunk of a prompt."""
         (sequence,) = sequences
         tokens = sequence.unread[: sequence.parts.popleft()]
-        self.target.states(as_row(tokens), sequence.cache, sequence.features_of(tokens))
+        features = sequence.features_of(tokens)
+        states = self.target.states(as_row(tokens), sequence.cache, features)
+        if self.drafter is not None and self.drafter.reads_states:
+            sequence.state = states[:, -1:]
+            mx.eval(sequence.state)
         mx.eval(sequence.cache.arrays)
 
     def _round(self, sequences: Sequence[SequenceState]) -> None:
@@ -138,10 +142,11 @@ class Loop:
                 self.target.states(as_row(again), cache, features)
                 mx.eval(cache.arrays)
         sequence.state = states[:, right : right + 1]
+        new = sequence.up_to_stop(drawn[: right + 1])
         if sequence.drafting is not None:
             seconds = time.perf_counter() - start
-            sequence.drafting.pace.record(len(drafts), right, seconds)
-        sequence.take(drawn[: right + 1], logprobs[: right + 1])
+            sequence.drafting.pace.record(len(drafts), right, len(new), seconds)
+        sequence.take(new, logprobs[: len(new)])
 
     def _pass(self, sequences: Sequence[SequenceState]) -> None:
         """One token for each sequence of the batch."""

@@ -115,17 +115,18 @@ class Pace:
             self._next_pause = _FIRST_PAUSE
         return best
 
-    def record(self, count: int, accepted: int, seconds: float) -> None:
+    def record(self, count: int, accepted: int, tokens: int, seconds: float) -> None:
         """What became of a round.
 
         Args:
             count: drafts in it.
             accepted: of these, right.
+            tokens: that it wrote: those accepted and one more, or fewer where the answer ended.
             seconds: that it took, drafting and checking.
         """
         self._times.add(count, seconds)
         self._seconds += seconds
-        self.tokens += accepted + 1
+        self.tokens += tokens
         self.drafted += count
         self.accepted += accepted
         self._count(count, accepted)

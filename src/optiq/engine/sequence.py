@@ -88,6 +88,11 @@ class SequenceState:
         """Tokens that are not in the cache."""
         return self.tokens[self.cache.length :]
 
+    @property
+    def begins_alone(self) -> bool:
+        """Whether its next pass is not that of a batch: the first token, or an image, is read."""
+        return not self.cache.length or len(self.unread) > 1
+
     def features_of(self, tokens: Sequence[int]) -> mx.array | None:
         """Features of the images among the next tokens to read; each is given once."""
         if self.request.features is None:
@@ -112,6 +117,11 @@ class SequenceState:
         seed = self.request.sampling.seed
         assert seed is not None
         return [Place(seed, self.request.choice, self.written + i) for i in range(count)]
+
+    def up_to_stop(self, tokens: list[int]) -> list[int]:
+        """The tokens up to the first that ends an answer, that one among them."""
+        ends = (i + 1 for i, token in enumerate(tokens) if token in self.request.stop)
+        return tokens[: next(ends, len(tokens))]
 
     def take(self, tokens: Sequence[int], logprobs: Sequence[TokenLogprob]) -> None:
         """Go on by tokens that were drawn, as far as the answer goes.

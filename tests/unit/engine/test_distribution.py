@@ -90,7 +90,8 @@ class RememberedDrafter:
     """A real drafter over the real past of the text."""
 
     def __init__(self, target, drafter):
-        self.name, self._target, self._drafter = drafter.name, target, drafter
+        self.name, self.reads_states = drafter.name, drafter.reads_states
+        self._target, self._drafter = target, drafter
         self._known = {}
 
     def start(self):
@@ -111,6 +112,7 @@ class Copies:
     """Drafts of a model that is the target itself, for text."""
 
     name = "draft_model"
+    reads_states = False
 
     def __init__(self, target):
         self._target = target
@@ -123,6 +125,7 @@ class Likely:
     """Drafts the most likely tokens after processing."""
 
     name = "likely"
+    reads_states = False
 
     def __init__(self, target):
         self._target = target

@@ -63,6 +63,7 @@ class Smaller:
     """A draft model without files."""
 
     name = "draft_model"
+    reads_states = False
 
     def __init__(self, model, vocab_size):
         self._parts = model, vocab_size, SUPPRESSED

@@ -43,8 +43,8 @@ class Session(Protocol):
 
         Args:
             tokens: of the sequence so far; those after `cache.length` are not in the cache.
-            state: (1, 1, any), of the target, that the last of `tokens` was chosen from; None
-                where the last token is of the prompt.
+            state: (1, 1, any), of the target, after the last but one of `tokens`; None where it is
+                not known, as where a prompt is one token.
             cache: of the target; not to be changed.
             count: how many at most.
         """
@@ -56,9 +56,11 @@ class Drafter(Protocol):
 
     Attributes:
         name: of `DRAFTERS`.
+        reads_states: whether it drafts from states of the target.
     """
 
     name: str
+    reads_states: bool
 
     def start(self) -> Session:
         """Begin a sequence."""

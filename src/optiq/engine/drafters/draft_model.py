@@ -100,6 +100,7 @@ class ModelDrafter:
     """
 
     name = "draft_model"
+    reads_states = False
 
     def __init__(self, model: Target, pairing: Pairing) -> None:
         self._model, self._pairing = model, pairing

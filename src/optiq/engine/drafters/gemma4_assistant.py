@@ -26,6 +26,7 @@ class AssistantDrafter:
     """
 
     name = "gemma4_assistant"
+    reads_states = True
 
     def __init__(self, drafter: Gemma4Drafter, suppressed: Sequence[int] = ()) -> None:
         self._drafter = drafter
@@ -38,7 +39,7 @@ class AssistantDrafter:
     def propose(
         self, tokens: Sequence[int], state: mx.array | None, cache: SequenceCache, count: int
     ) -> list[int]:
-        """See `Session`; nothing for the first token of an answer, which has no state yet."""
+        """See `Session`; nothing where there is no state."""
         if state is None or not count or cache.length != len(tokens) - 1:
             return []
         drafter = self._drafter

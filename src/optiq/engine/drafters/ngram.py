@@ -50,6 +50,7 @@ class NgramDrafter:
     """Drafts from the text itself."""
 
     name = "ngram"
+    reads_states = False
 
     def start(self) -> NgramSession:
         """See `Drafter`."""
