@@ -260,12 +260,7 @@ def processed(
 
     Cost: with top-k on every row that cuts off, a partial sort; with top-p alone a whole one.
     """
-    for row in rows:
-        row.sampling.check_vocabulary(logits.shape[-1])
-    scores = _penalized(_biased(logits.astype(mx.float32), rows), rows)
-    if allowed is not None:
-        scores = mx.where(allowed, scores, -_INFINITY)
-    scores = _without(scores, suppressed)
+    scores = _scores(logits, rows, suppressed, allowed)
     greedy = [row.sampling.is_greedy for row in rows]
     if all(greedy):
         return _one_hot(scores)
@@ -305,11 +300,10 @@ def sampled(
     suppressed: Sequence[int] = (),
     allowed: mx.array | None = None,
 ) -> mx.array:
-    """`draw` from `processed`; no noise is made where every row is greedy."""
-    log_probs = processed(logits, rows, suppressed, allowed)
+    """`draw` from `processed`; neither is needed where every row is greedy."""
     if all(row.sampling.is_greedy for row in rows):
-        return mx.argmax(log_probs, axis=-1)
-    return draw(log_probs, places)
+        return mx.argmax(_scores(logits, rows, suppressed, allowed), axis=-1)
+    return draw(processed(logits, rows, suppressed, allowed), places)
 
 
 def reported_logprobs(logits: mx.array, suppressed: Sequence[int] = ()) -> mx.array:
@@ -340,6 +334,18 @@ def most_likely(log_probs: mx.array, count: int) -> tuple[list[list[int]], list[
         tokens.append([int(token) for token in order])
         best.append([float(row[token]) for token in order])
     return tokens, best
+
+
+def _scores(
+    logits: mx.array, rows: Sequence[Row], suppressed: Sequence[int], allowed: mx.array | None
+) -> mx.array:
+    """The logits before temperature: biased, penalized, and -inf where no token can be drawn."""
+    for row in rows:
+        row.sampling.check_vocabulary(logits.shape[-1])
+    scores = _penalized(_biased(logits.astype(mx.float32), rows), rows)
+    if allowed is not None:
+        scores = mx.where(allowed, scores, -_INFINITY)
+    return _without(scores, suppressed)
 
 
 def _gumbel(uniform: mx.array) -> mx.array:

@@ -10,6 +10,7 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from optiq.engine.encoding import SafeEncoder
+from optiq.engine.events import collect
 from optiq.engine.messages import ChatOptions, Prompter
 from optiq.engine.text import backend_of, ids_of
 from optiq.errors import UsageError
@@ -404,3 +405,31 @@ def test_what_a_template_would_leave_out_is_refused(chatml, tmp_path):
     write_tokenizer(tmp_path, None)
     with pytest.raises(UsageError, match="no chat template"):
         Prompter(tokenizer_of(tmp_path, {}), {}).chat([user("a")])
+
+
+KEYS = st.text("abcXYZ_-.é09", min_size=1, max_size=6)
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**12), 10**12)
+    | st.floats(-1e6, 1e6).map(lambda x: round(x, 3))
+    | st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581"), max_size=12),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.dictionaries(KEYS, VALUES, max_size=4))
+@example({"a": '<|"|>'})
+@example({"a": {"b": ["}", "<tool_call|>", ',"\\'], "c": 1e-05}})
+def test_arguments_that_the_template_writes_are_read_back(prompter, gemma, gemma_format, arguments):
+    """Even those that hold the format's own quotes: these are other tokens."""
+    messages = [user("a"), {"role": "assistant", "tool_calls": [call(arguments)]}]
+    ids = prompter.chat(messages, ChatOptions(tools=[CITY])).ids
+    start, end = ids_of(gemma, "<|tool_call>", "<tool_call|>")
+    block = ids[ids.index(start) : ids.index(end) + 1]
+    tools = [{"function": {"name": "other"}}]  # of the function called no schema is known
+    parser = gemma_format.parser(tools=tools)
+    answer = collect([*parser.feed(block), *parser.finish("stop")])
+    assert [one.data() for one in answer.tool_calls] == [arguments]

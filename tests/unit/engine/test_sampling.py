@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -100,6 +101,30 @@ def test_every_setting_alone_follows_its_formula():
         x = logits(1, seed=number)
         got = processed(mx.array(x), [as_row(case, PROMPT, ANSWER)], (7, 9))
         check(got[0], formula(x[0], case, PROMPT, ANSWER, (7, 9)))
+
+
+def test_the_same_as_the_logits_processors_of_transformers():
+    """Values of transformers 4.57.6 in PyTorch 2.4.1, in the order that its generate applies."""
+    with np.load(Path(__file__).parent / "transformers_sampling.npz") as stored:
+        data = {name: stored[name] for name in stored.files}
+    rows = [
+        as_row(
+            Sampling(
+                temperature=float(data["t"][i]),
+                top_k=int(data["k"][i]),
+                top_p=float(data["p"][i]),
+                min_p=float(data["m"][i]),
+                repetition_penalty=float(data["r"][i]),
+                logit_bias=dict(zip(data["bt"][i].tolist(), data["bias"][i].tolist(), strict=True)),
+            ),
+            data["hist"][i].tolist(),
+        )
+        for i in range(len(data["t"]))
+    ]
+    got = processed(mx.array(data["logits"]), rows, data["sup"].tolist())
+    finite = np.isfinite(data["want"])
+    assert np.array_equal(np.isfinite(np.array(got)), finite)
+    assert np.abs(np.array(got)[finite] - data["want"][finite]).max() < 1e-4
 
 
 def test_rows_of_a_batch_do_not_know_each_other():
