@@ -11,10 +11,12 @@ from optiq.backend import mx, nn
 from optiq.models.families.gemma4 import Gemma4, ImageMask
 from optiq.models.families.gemma4_assistant import Model as AssistantModel
 from optiq.models.load import Source, open_source
+from optiq.models.vision.patches import Patches
 
 TINY = Path(__file__).parent / "assets" / "gemma4-tiny"
 TARGET, ASSISTANT = TINY / "target", TINY / "assistant"
 INFO: dict[str, Any] = json.loads((TINY / "reference.json").read_text())
+SUPPRESSED = (510, 509)
 LIMIT = 1e-3
 """Largest difference of a logit: wrong masks differ by 0.65 and more."""
 
@@ -70,3 +72,11 @@ def prefilled(model: Gemma4, case: str, chunk: int, slack: int = 0) -> mx.array:
     ids, features = inputs(case)
     states = list(model.prefill(ids, model.make_cache(slack), features, chunk))
     return model.logits(mx.concatenate(states, axis=1))[0]
+
+
+def stored_patches(name: str) -> list[Patches]:
+    """The reference's patches, image by image."""
+    arrays = [reference()[f"image/{name}/{leaf}"] for leaf in ("patches", "positions")]
+    cuts = np.cumsum(reference()[f"image/{name}/soft_tokens"])[:-1]
+    pieces = [np.split(array, cuts) for array in arrays]
+    return [Patches(*pair) for pair in zip(*pieces, strict=True)]

@@ -1,8 +1,9 @@
 """optiq: the best MLX model for a byte budget, measured.
 
 `measure`, `allocate`, `convert` and `judge` are the stages of the pipeline; each takes the
-dataclass of its options and returns an artifact. They are loaded on first use, so that importing
-optiq is cheap. On Linux CPU importing optiq loads an optimized BLAS, if MLX is not there yet.
+dataclass of its options and returns an artifact; `load` gives a model that writes. They are loaded
+on first use, so that importing optiq is cheap. On Linux CPU importing optiq loads an optimized
+BLAS, if MLX is not there yet.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from optiq.artifacts import BitPlan, Fidelity, SensitivityTable
     from optiq.configs import AllocateConfig, ConvertConfig, JudgeConfig, MeasureConfig, RunConfig
+    from optiq.engine.engine import load
     from optiq.pipeline import allocate, baseline, convert, judge, measure
 
 from optiq import blas as _blas  # noqa: F401  loads the BLAS before anyone imports mlx
@@ -32,6 +34,7 @@ _HOMES = {
     "baseline": "optiq.pipeline",
     "convert": "optiq.pipeline",
     "judge": "optiq.pipeline",
+    "load": "optiq.engine.engine",
     "measure": "optiq.pipeline",
 }
 
@@ -48,6 +51,7 @@ __all__ = [
     "baseline",
     "convert",
     "judge",
+    "load",
     "measure",
 ]
 

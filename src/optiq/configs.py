@@ -219,6 +219,63 @@ class BenchConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class GenerateConfig:
+    """What `optiq generate` writes, and how."""
+
+    image: tuple[Path, ...] = option(
+        (), "Picture that the prompt is about; may be repeated.", metavar="FILE"
+    )
+    image_detail: str = option(
+        "auto", "low, auto, high, or the most soft tokens of a picture.", metavar="DETAIL"
+    )
+    raw: bool = option(
+        False, "Continue the prompt as it is, without chat template; special tokens are read."
+    )
+    thinking: bool = option(False, "Let the model think before it answers, where it can.")
+    max_tokens: int | None = option(None, "Most tokens to write; default: the rest of the context.")
+    temperature: float | None = option(
+        None, "0 always takes the most likely token; default: as the checkpoint says, else 1."
+    )
+    top_p: float | None = option(None, "Draw from the most likely tokens of this probability.")
+    top_k: int | None = option(None, "Draw from as many of the most likely tokens; 0 for all.")
+    min_p: float | None = option(
+        None, "Draw from tokens at least as likely as this share of the most likely."
+    )
+    repetition_penalty: float | None = option(
+        None, "Above 1, tokens of prompt and answer become less likely."
+    )
+    presence_penalty: float | None = option(
+        None, "Taken from the logits of tokens that are in the answer."
+    )
+    frequency_penalty: float | None = option(
+        None, "Taken from the logits of tokens for every time that they are in the answer."
+    )
+    stop: tuple[str, ...] = option((), "Text that ends the answer; may be repeated.")
+    seed: int | None = option(None, "Seed of the draws; default: a fresh one.")
+    drafter: str | None = option(
+        None,
+        "Speculative decoding: an assistant or a smaller model with the same tokenizer, or ngram.",
+        metavar="DIR|ngram",
+    )
+    num_drafts: str = option(
+        "auto", "Drafts of a round; auto lets measurements decide.", metavar="N|auto"
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse words that are no numbers."""
+        _positive(self.max_tokens, "--max-tokens")
+        if self.num_drafts != "auto" and not self.num_drafts.isdecimal():
+            raise UsageError(f"--num-drafts is '{self.num_drafts}'; give a number, or auto")
+        detail = self.image_detail
+        if detail not in {"low", "auto", "high"} and not detail.isdecimal():
+            raise UsageError(f"--image-detail is '{detail}'; give low, auto, high or a number")
+        if self.raw and self.thinking:
+            raise UsageError("--thinking needs the chat template; leave --raw out")
+        if self.num_drafts != "auto" and self.drafter is None:
+            raise UsageError("--num-drafts needs --drafter")
+
+
+@dataclasses.dataclass(frozen=True)
 class EvalConfig:
     """What `optiq eval` asks, and how."""
 

@@ -6,8 +6,9 @@ Each stage takes the dataclass of its options, leaves an artifact on disk and re
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from optiq.artifacts import (
     BitPlan,
@@ -17,12 +18,12 @@ from optiq.artifacts import (
     SensitivityTable,
     Speed,
 )
-from optiq.backend import is_cpu
 from optiq.configs import (
     AllocateConfig,
     BenchConfig,
     ConvertConfig,
     EvalConfig,
+    GenerateConfig,
     JudgeConfig,
     MeasureConfig,
     RunConfig,
@@ -30,7 +31,8 @@ from optiq.configs import (
 )
 from optiq.conversion import Conversion, Release, heldout_records, measured, possible
 from optiq.data.benchmarks import BenchmarkData
-from optiq.data.chat import prompt as chat_prompt
+from optiq.engine.engine import EngineOptions, Generation, load
+from optiq.engine.prompts import user_message
 from optiq.errors import ArtifactMismatch, TargetMissed, UsageError
 from optiq.eval_artifacts import Comparison
 from optiq.evals import bench as speed
@@ -43,13 +45,12 @@ from optiq.evals.scores import read_evaluated
 from optiq.evals.subjects.opening import open_subject
 from optiq.events import Emit, no_emit
 from optiq.models.families import check_standalone, is_drafter
-from optiq.models.load import Source, load_tokenizer, open_source, read_config, size_on_disk
+from optiq.models.load import Source, open_source, read_config, size_on_disk
 from optiq.preflight import Preflight, preflight
 from optiq.quant import baseline as uniform
 from optiq.quant.allocate import allocate
 from optiq.quant.directory import check_output, finished_directory
 from optiq.release import RIVAL, card, push, write_card
-from optiq.upstream import dense_float32, generate_text, load_quantized
 from optiq.work import digest, work_directory, work_root
 
 __all__ = [
@@ -77,6 +78,17 @@ __all__ = [
 ]
 
 _KL_ATTEMPTS = 4
+_SAMPLING = (
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "seed",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -330,30 +342,38 @@ def compare(a: Path, b: Path, tasks: Sequence[str] = (), *, seed: int = 0) -> Co
 
 
 def generate(
-    model: Path, prompt: str, *, max_tokens: int = 256, temperature: float = 0.0, raw: bool = False
-) -> Iterator[str]:
-    """Pieces of the answer of a model directory to one user turn, through stock mlx-lm.
-
-    On the CPU the weights are unpacked to float32 once: four bytes a weight of memory.
+    model: Path,
+    prompt: str,
+    config: GenerateConfig | None = None,
+    run: RunConfig | None = None,
+    emit: Emit = no_emit,
+) -> Generation:
+    """The answer of a model directory to one user turn, as events.
 
     Args:
-        model: an MLX model directory.
-        prompt: the user turn, or with `raw` the text to continue.
-        max_tokens: most tokens to write.
-        temperature: 0 always takes the most likely token.
-        raw: no chat template.
+        model: a model directory, source or artifact.
+        prompt: the user turn, or with `raw` the text to continue; a model without a chat template
+            always continues it.
+        config: pictures, sampling, drafter.
+        run: memory limit.
+        emit: receives notices.
 
     Raises:
-        UsageError: if the directory is no model that mlx-lm can load, or the prompt is empty.
+        UsageError: if the directory is no model that can be run, or something cannot be honoured.
     """
-    if not prompt.strip():
+    config, run = config or GenerateConfig(), run or RunConfig()
+    if not prompt.strip() and not config.image:
         raise UsageError("the prompt is empty; give some text")
-    config = read_config(model)
-    check_standalone(config)
-    tokenizer = load_tokenizer(model, config)
-    ids = tokenizer.encode(prompt) if raw else chat_prompt(tokenizer, prompt)
-    loaded, _ = load_quantized(model)
-    if is_cpu():
-        loaded = dense_float32(loaded)
-    for response in generate_text(loaded, tokenizer, ids, max_tokens, temperature):
-        yield response.text
+    fixed = None if config.num_drafts == "auto" else int(config.num_drafts)
+    options = EngineOptions(memory_limit=run.memory_limit, num_drafts=fixed)
+    engine = load(model, config.drafter, options, emit)
+    raw = config.raw or not engine.prompts.has_template
+    detail: Any = config.image_detail
+    return engine.generate(
+        prompt if raw else [user_message(prompt, len(config.image))],
+        config.image,
+        thinking=config.thinking,
+        image_detail=int(detail) if detail.isdecimal() else detail,
+        stop=list(config.stop),
+        **{name: getattr(config, name) for name in _SAMPLING},
+    )

@@ -11,7 +11,13 @@ from typing import Any, cast
 
 from mlx_lm import stream_generate
 from mlx_lm.generate import BatchGenerator, TextStateMachine, make_text_state_machine
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import (
+    ArraysCache,
+    CacheList,
+    KVCache,
+    RotatingKVCache,
+    make_prompt_cache,
+)
 from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.sample_utils import (
     apply_min_p,
@@ -35,7 +41,11 @@ from optiq.errors import UnsupportedModel
 _MAX_BLOCKS = 10_000  # a tree of more takes minutes and gigabytes, and no model has them
 
 __all__ = [
+    "ArraysCache",
     "BatchGenerator",
+    "CacheList",
+    "KVCache",
+    "RotatingKVCache",
     "SwitchLinear",
     "TextStateMachine",
     "TokenizerWrapper",

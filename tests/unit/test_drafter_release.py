@@ -100,7 +100,7 @@ def test_a_target_is_for_drafters_alone(tiny_llama, tmp_path):
 def test_verbs_that_need_a_model(tmp_path):
     release = convert(tmp_path / "out")
     with pytest.raises(UsageError, match="pass it as drafter="):
-        next(pipeline.generate(release.path, "Hello"))
+        pipeline.generate(release.path, "Hello")
     with pytest.raises(UsageError, match="pass it as drafter="):
         pipeline.bench(release.path)
     with pytest.raises(UsageError, match="pass it as drafter="):

@@ -13,7 +13,14 @@ from mlx_lm import load as stock_load
 from optiq import pipeline
 from optiq.artifacts import BitPlan, Fidelity, SensitivityTable
 from optiq.backend import mx
-from optiq.configs import AllocateConfig, ConvertConfig, JudgeConfig, MeasureConfig, RunConfig
+from optiq.configs import (
+    AllocateConfig,
+    ConvertConfig,
+    GenerateConfig,
+    JudgeConfig,
+    MeasureConfig,
+    RunConfig,
+)
 from optiq.errors import ArtifactMismatch, BudgetInfeasible, OptiqError, TargetMissed, UsageError
 from optiq.events import StageDone, no_emit
 from optiq.models.load import size_on_disk
@@ -306,10 +313,10 @@ def test_baseline_is_not_smaller(tiny_llama, tmp_path, work):
 
 def test_generate_streams_text(tiny_llama, tmp_path, work):
     release = convert(tiny_llama, tmp_path / "out", work)
-    pieces = list(pipeline.generate(release.path, "Hi", max_tokens=4))
-    assert 0 < len(pieces) <= 5
+    result = pipeline.generate(release.path, "Hi", GenerateConfig(max_tokens=4)).result()
+    assert 0 < len(result.token_ids) <= 4
     with pytest.raises(UsageError, match="empty"):
-        next(pipeline.generate(release.path, " "))
+        pipeline.generate(release.path, " ")
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gemma4_text", "llama_untied"])

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import click
 
 from optiq.cli import output
+from optiq.cli.options import ConfigCommand, Configs, config_options
+from optiq.configs import GenerateConfig, RunConfig
 
 
-class _PromptCommand(click.Command):
+class _PromptCommand(ConfigCommand):
     """Takes words that start with a dash as text where they cannot be a flag."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -25,32 +28,40 @@ class _PromptCommand(click.Command):
 @click.command("generate", cls=_PromptCommand, context_settings=output.help_names)
 @click.argument("model", type=click.Path(path_type=Path))
 @click.argument("prompt")
-@click.option(
-    "--max-tokens",
-    type=click.IntRange(min=1),
-    default=256,
-    show_default=True,
-    help="Most tokens to write.",
+@config_options(
+    GenerateConfig, RunConfig, without=("work", "offline", "revision", "tokenizer", "dry_run")
 )
-@click.option(
-    "--temperature",
-    type=click.FloatRange(min=0),
-    default=0.0,
-    show_default=True,
-    help="0 always takes the most likely token.",
-)
-@click.option("--raw", is_flag=True, help="Continue the prompt as it is, without chat template.")
-def command(model: Path, prompt: str, max_tokens: int, temperature: float, raw: bool) -> None:
+def command(model: Path, prompt: str, configs: Configs) -> None:
     """Write text with MODEL, a model directory, to stdout.
 
-    PROMPT goes through the model's chat template. A prompt that is one word with a dash in front
-    goes after `--`.
+    PROMPT is a user message; pictures come in front of it. With --raw it is text to continue, with
+    the model's image marker where each picture belongs. A prompt that is one word with a dash in
+    front goes after `--`. Thinking goes to stderr.
     """
     from optiq import pipeline
+    from optiq.engine.events import ReasoningDelta, TextDelta
 
-    pieces = pipeline.generate(
-        model, prompt, max_tokens=max_tokens, temperature=temperature, raw=raw
-    )
-    for piece in pieces:
-        click.echo(piece, nl=False)
+    with output.talk() as emit:
+        generation = pipeline.generate(
+            model, prompt, configs[GenerateConfig], configs[RunConfig], emit
+        )
+    for event in generation:
+        if isinstance(event, TextDelta):
+            click.echo(event.text, nl=False)
+        elif isinstance(event, ReasoningDelta):
+            click.echo(event.text, nl=False, err=True)
     click.echo()
+    if generation.acceptance is not None:
+        output.say(_drafts(generation.acceptance))
+
+
+def _drafts(report: Any) -> str:  # noqa: ANN401  engine.pace.DraftReport, which needs MLX
+    """One line about the drafter."""
+    if not report.rounds:
+        return f"{report.drafter}: nothing was drafted"
+    gain = f", {report.speedup:.2f} times plain speed" if report.speedup else ""
+    return (
+        f"{report.drafter}: {report.accepted} of {report.drafted} drafts accepted, "
+        f"{report.accepted_per_round:.2f} a round; {report.steps_per_token:.2f} passes a token"
+        f"{gain}"
+    )

@@ -18,6 +18,7 @@ from optiq.configs import (
     BenchConfig,
     ConvertConfig,
     EvalConfig,
+    GenerateConfig,
     JudgeConfig,
     MeasureConfig,
     RunConfig,
@@ -33,6 +34,7 @@ SECTIONS: Mapping[str, type[Any]] = {
     "convert": ConvertConfig,
     "judge": JudgeConfig,
     "bench": BenchConfig,
+    "generate": GenerateConfig,
     "eval": EvalConfig,
     "served": ServedConfig,
 }
@@ -45,6 +47,7 @@ _TITLES = {
     ConvertConfig: "Output",
     JudgeConfig: "Judging",
     BenchConfig: "Timing",
+    GenerateConfig: "Writing",
     EvalConfig: "Benchmarks",
     ServedConfig: "Model behind a URL",
 }

@@ -69,13 +69,13 @@ def render(
         ids: list[int] = tokenizer.encode(_paragraphs(tools_as_text(messages, tools)))
         return ids
     uses_tools = bool(tools) or any(_about_tools(message) for message in messages)
-    if uses_tools and _writes_tools(tokenizer):
+    if uses_tools and writes_tools(tokenizer):
         try:
             return _tokens(tokenizer, _with_call_ids(messages), tools)
         except _TEMPLATE_ERRORS:
             pass  # templates that know tools may still refuse, say, two calls in one turn
     turns = tools_as_text(messages, tools) if uses_tools else [dict(m) for m in messages]
-    if turns[0]["role"] == "system" and not _writes_system(tokenizer):
+    if turns[0]["role"] == "system" and not writes_system(tokenizer):
         turns = _merged(system_as_user(turns))
     try:
         return _tokens(tokenizer, turns, ())
@@ -85,26 +85,6 @@ def render(
             f"the chat template of the model refuses a conversation of {roles}: {error}; "
             "change the messages, or give the text itself as 'text'"
         ) from None
-
-
-def prompt(tokenizer: TokenizerWrapper, text: str) -> list[int]:
-    """Token ids of one user turn that waits for its answer.
-
-    A model without a chat template gets the text itself.
-
-    Raises:
-        UsageError: if the template refuses it.
-    """
-    if not tokenizer.has_chat_template:
-        plain: list[int] = tokenizer.encode(text)
-        return plain
-    try:
-        ids: list[int] = tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], add_generation_prompt=True
-        )
-    except _TEMPLATE_ERRORS as error:
-        raise UsageError(f"the chat template of the model refuses a user turn: {error}") from None
-    return ids
 
 
 def question(
@@ -128,7 +108,7 @@ def question(
         UsageError: if the template refuses the conversation.
     """
     turns = _with_call_ids(messages)
-    if turns[0]["role"] == "system" and not _writes_system(tokenizer):
+    if turns[0]["role"] == "system" and not writes_system(tokenizer):
         turns = _merged(system_as_user(turns))
     try:
         text: str = tokenizer.apply_chat_template(
@@ -178,12 +158,13 @@ def _probe(
     return text
 
 
-def _writes_system(tokenizer: TokenizerWrapper) -> bool:
+def writes_system(tokenizer: TokenizerWrapper) -> bool:
+    """Whether the template writes a system turn."""
     text = _probe(tokenizer, _SYSTEM_PROBE, None)
     return text is not None and "Zebra" in text
 
 
-def _writes_tools(tokenizer: TokenizerWrapper) -> bool:
+def writes_tools(tokenizer: TokenizerWrapper) -> bool:
     """Whether the template writes schemas, calls and results; a part is no use."""
     with_schemas = _probe(tokenizer, _with_call_ids(_TOOL_PROBE), _TOOL_PROBE_TOOLS)
     if with_schemas is None or "Look a word up" not in with_schemas:

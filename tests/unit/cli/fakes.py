@@ -17,6 +17,8 @@ from optiq.artifacts import (
     Speed,
 )
 from optiq.configs import AllocateConfig
+from optiq.engine.events import ReasoningDelta, TextDelta
+from optiq.engine.pace import DraftReport
 from optiq.eval_artifacts import Comparison
 from optiq.evals.compare import compare
 from optiq.evals.scores import Evaluated, Scores
@@ -153,6 +155,15 @@ class FakePipeline(types.ModuleType):
         self._note("bench", args, {})
         return make_speed(str(args[0]))
 
-    def generate(self, *args: Any, **kwargs: Any) -> list[str]:
-        self._note("generate", args, kwargs)
-        return ["Blue ", "light."]
+    def generate(self, *args: Any) -> Any:
+        self._note("generate", args, {})
+        return Written()
+
+
+class Written(list[Any]):
+    """A generation that is over."""
+
+    acceptance = DraftReport("ngram", 2, 1, 8, 5, 8, 1.5)
+
+    def __init__(self) -> None:
+        super().__init__([ReasoningDelta("Hm."), TextDelta("Blue "), TextDelta("light.")])

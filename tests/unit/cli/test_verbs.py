@@ -10,7 +10,14 @@ from optiq import settings
 from optiq.artifacts import Acceptance, BitPlan, SensitivityTable, Speed
 from optiq.cli import output
 from optiq.cli.main import run
-from optiq.configs import AllocateConfig, BenchConfig, JudgeConfig, MeasureConfig, RunConfig
+from optiq.configs import (
+    AllocateConfig,
+    BenchConfig,
+    GenerateConfig,
+    JudgeConfig,
+    MeasureConfig,
+    RunConfig,
+)
 from optiq.quant.allocate import allocate
 from tests.unit.cli.fakes import make_fidelity, make_plan, make_sensitivity
 from tests.unit.quant.tables import PROVENANCE, make_scores, make_table, moe_modules
@@ -220,11 +227,45 @@ def test_bench_writes_the_artifact(pipeline, tmp_path, capsys):
 )
 def test_generate_takes_any_prompt(words, prompt, pipeline, capsys):
     assert run(["generate", *words]) == 0
-    _, args, kwargs = pipeline.calls[-1]
-    assert args == (Path("m"), prompt)
-    assert kwargs["max_tokens"] == (7 if "--max-tokens" in words else 256)
-    assert not kwargs["raw"]
-    assert capsys.readouterr().out == "Blue light.\n"
+    _, (model, text, config, run_config, _), _ = pipeline.calls[-1]
+    assert (model, text) == (Path("m"), prompt)
+    assert config == GenerateConfig(max_tokens=7 if "--max-tokens" in words else None)
+    assert run_config == RunConfig()
+    out, err = capsys.readouterr()
+    assert out == "Blue light.\n"
+    assert "Hm." in err
+    assert "5 of 8 drafts accepted, 2.50 a round; 0.38 passes a token, 1.50 times" in err
+
+
+def test_generate_passes_what_it_is_given(pipeline):
+    words = ["--image", "a.png", "--image", "b.png", "--drafter", "ngram", "--num-drafts", "4"]
+    words += ["--stop", "END", "--temperature", "0", "--memory-limit", "8GB"]
+    assert run(["generate", "m", "why?", *words]) == 0
+    _, (_, _, config, run_config, _), _ = pipeline.calls[-1]
+    assert config == GenerateConfig(
+        image=(Path("a.png"), Path("b.png")),
+        drafter="ngram",
+        num_drafts="4",
+        stop=("END",),
+        temperature=0.0,
+    )
+    assert run_config == RunConfig(memory_limit="8GB")
+
+
+@pytest.mark.usefixtures("pipeline")
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--num-drafts", "4"], "needs --drafter"),
+        (["--drafter", "ngram", "--num-drafts", "many"], "give a number, or auto"),
+        (["--image-detail", "huge"], "low, auto, high"),
+        (["--raw", "--thinking"], "chat template"),
+        (["--max-tokens", "0"], "positive"),
+    ],
+)
+def test_generate_refuses(words, message, capsys):
+    assert run(["generate", "m", "why?", *words]) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("pipeline")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from optiq.data.chat import offers_tools, prompt, question, render, tools_as_text
+from optiq.data.chat import offers_tools, question, render, tools_as_text
 from optiq.errors import UsageError
 from optiq.models.load import load_tokenizer
 from tests.tiny import TEMPLATE, write_tokenizer
@@ -115,22 +115,6 @@ def test_schemas_follow_the_system_message_in_one_turn():
     turns = tools_as_text(CONVERSATION, [TOOL])
     assert [turn["role"] for turn in turns] == ["system", "user", "assistant", "user", "assistant"]
     assert turns[0]["content"].startswith("Be brief.\n\nYou can call these functions")
-
-
-@pytest.mark.parametrize(
-    ("template", "wanted"),
-    [(TEMPLATE, "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"), (None, "Hi")],
-)
-def test_prompt_waits_for_an_answer(tmp_path, template, wanted):
-    write_tokenizer(tmp_path, template)
-    tokenizer = load_tokenizer(tmp_path, {})
-    assert tokenizer.decode(prompt(tokenizer, "Hi")) == wanted
-
-
-def test_prompt_that_a_template_refuses(tmp_path):
-    write_tokenizer(tmp_path, "{{ raise_exception('never') }}")
-    with pytest.raises(UsageError, match="refuses a user turn: never"):
-        prompt(load_tokenizer(tmp_path, {}), "Hi")
 
 
 def test_a_question_waits_for_the_answer_and_says_whether_to_think(tmp_path):

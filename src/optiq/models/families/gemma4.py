@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple, Protocol, cast
+from typing import Any, Literal, NamedTuple, Protocol, cast, runtime_checkable
 
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 from mlx_lm.models.gemma4 import Model as OuterModel
@@ -38,6 +38,15 @@ class Cache(Protocol):
 
     def make_mask(self, N: int, *, window_size: int | None, return_array: bool) -> Any:  # noqa: ANN401
         """The causal mask of N new tokens over what `update_and_fetch` will return."""
+        ...
+
+
+@runtime_checkable
+class Ordered(Protocol):
+    """A cache that can say what came last."""
+
+    def last(self, count: int | None) -> tuple[mx.array, mx.array]:
+        """The last keys and values, oldest first; `count` at most, None for all."""
         ...
 
 
@@ -289,15 +298,17 @@ def _check_features(num_tokens: int, num_features: int) -> None:
 
 
 def last_keys(cache: Cache, count: int | None) -> KeyValues:
-    """The last keys and values of one of mlx-lm's caches, oldest first.
+    """The last keys and values of a cache, oldest first.
 
     Args:
-        cache: full or rotating.
+        cache: one of mlx-lm's, full or rotating, or one that is `Ordered`.
         count: how many at most; None for all.
 
     Raises:
         UsageError: if it no longer has as many.
     """
+    if isinstance(cache, Ordered):
+        return KeyValues(*cache.last(count))
     if isinstance(cache, RotatingKVCache):
         keys, values, offset, _, _, index = cache.state
         if index < min(offset, keys.shape[2]):

@@ -45,8 +45,13 @@ def side_tensors(source: Source) -> dict[str, mx.array]:
     if source.quantization is not None:
         return {}
     in_tree = {part for name in source.parameters for part in name.split(".")}
-    headers = read_headers(source.path)
-    wanted = {name for name in headers if _tower(name) in _TOWERS - in_tree}
+    return _tensors_of(source.path, _TOWERS - in_tree)
+
+
+def _tensors_of(folder: Path, towers: frozenset[str]) -> dict[str, mx.array]:
+    """Lazy arrays of towers that lie among the weights of a directory."""
+    headers = read_headers(folder)
+    wanted = {name for name in headers if _tower(name) in towers}
     found: dict[str, mx.array] = {}
     for file in dict.fromkeys(headers[name].file for name in headers if name in wanted):
         arrays = load_arrays(file)
@@ -100,12 +105,16 @@ def has_sidecar(folder: Path) -> bool:
 def read_sidecar(folder: Path) -> dict[str, mx.array]:
     """Lazy arrays of the side towers of a model directory, by name.
 
+    Of a directory that was not converted they are among the weights.
+
     Raises:
         UsageError: if there are none, the file is cut short or corrupt, or it is of another model
             than the one it lies beside.
     """
     file = folder / SIDECAR_NAME
     if not file.is_file():
+        if found := _tensors_of(folder, _TOWERS):
+            return found
         raise UsageError(
             f"{folder} has no {SIDECAR_NAME}, so it reads text alone; convert the model again, or "
             "leave the images out"

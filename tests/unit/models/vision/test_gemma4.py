@@ -13,9 +13,17 @@ from optiq.models.families.gemma4 import Gemma4
 from optiq.models.load import read_config
 from optiq.models.safetensors_io import INDEX_NAME, SIDECAR_NAME
 from optiq.models.vision.gemma4 import Gemma4Vision
-from optiq.models.vision.patches import Patches
 from optiq.upstream import dense_float32, load_quantized
-from tests.gemma4 import INFO, LIMIT, TINY, apart, inputs, prefilled, reference
+from tests.gemma4 import (
+    INFO,
+    LIMIT,
+    TINY,
+    apart,
+    inputs,
+    prefilled,
+    reference,
+    stored_patches,
+)
 
 FEATURE_LIMIT = 1e-5
 PIXEL_LIMIT = 2 / 255
@@ -25,14 +33,6 @@ CASES = list(INFO["image"])
 @pytest.fixture(scope="module")
 def vision(gemma_release):
     return Gemma4Vision(gemma_release.path, read_config(gemma_release.path))
-
-
-def stored_patches(name):
-    """The reference's patches, image by image."""
-    arrays = [reference()[f"image/{name}/{leaf}"] for leaf in ("patches", "positions")]
-    cuts = np.cumsum(reference()[f"image/{name}/soft_tokens"])[:-1]
-    pieces = [np.split(array, cuts) for array in arrays]
-    return [Patches(*pair) for pair in zip(*pieces, strict=True)]
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -1,0 +1,1 @@
+"""Running a model: from messages to a stream of events."""

@@ -1,0 +1,391 @@
+"""Keys and values of sequences, one by one or side by side, that can take back rejected drafts.
+
+A layer's keys lie in order of time, the newest last, so that masks are simple and taking tokens
+back is moving an end. Sequences of a batch end at the same column and begin where their length puts
+them. A sliding layer keeps its window and some slack: as many tokens may be taken back.
+
+States that cannot forget (mlx-lm's arrays of convolutions and state spaces) are kept as they were
+before a round, and the round is played again as far as it was right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from optiq.backend import mx
+from optiq.errors import EngineFailure, UnsupportedModel
+from optiq.upstream import ArraysCache, CacheList, KVCache, RotatingKVCache
+
+_MIN_ROOM = 256
+
+
+class KeyValueCache:
+    """Keys and values of one attention layer, for one or more sequences.
+
+    mlx-lm's models and `models.families.gemma4` drive it as they drive mlx-lm's own caches.
+
+    Args:
+        window: tokens that a query sees, itself included; None for all.
+        slack: tokens that can be taken back at a time where there is a window.
+
+    Attributes:
+        lengths: tokens taken in, by sequence.
+    """
+
+    def __init__(self, window: int | None = None, slack: int = 0) -> None:
+        self.window, self.slack = window, slack
+        self.lengths = [0]
+        self.keys: mx.array | None = None
+        self.values: mx.array | None = None
+        self._end = 0
+        self._seen = 0
+
+    # -- what models ask for ---------------------------------------------------------------------
+
+    @property
+    def offset(self) -> int | mx.array:
+        """Position of the next token: a number for one sequence, else (B,) int32."""
+        return self.lengths[0] if len(self.lengths) == 1 else mx.array(self.lengths)
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Take in the keys and values of new tokens.
+
+        Args:
+            keys: (B, heads, N, head_dim).
+            values: (B, heads, N, value_dim).
+
+        Returns:
+            Those that the new tokens may see, the new ones last.
+        """
+        count = keys.shape[2]
+        self._seen = self._visible() + count
+        self._make_room(keys, values)
+        assert self.keys is not None
+        assert self.values is not None
+        self.keys[:, :, self._end : self._end + count] = keys
+        self.values[:, :, self._end : self._end + count] = values
+        self._end += count
+        self.lengths = [length + count for length in self.lengths]
+        return self.keys_and_values()
+
+    def keys_and_values(self) -> tuple[mx.array, mx.array]:
+        """What the last call of `update_and_fetch` returned."""
+        assert self.keys is not None
+        assert self.values is not None
+        span = slice(self._end - self._seen, self._end)
+        return self.keys[:, :, span], self.values[:, :, span]
+
+    def make_mask(
+        self, N: int, window_size: int | None = None, return_array: bool = False
+    ) -> mx.array | str | None:
+        """Who sees whom among N new tokens and what `update_and_fetch` will return.
+
+        Args:
+            N: new tokens.
+            window_size: of the layer; default: of the cache.
+            return_array: no shorthand.
+
+        Returns:
+            (N, keys) or (B, 1, N, keys) bool; "causal" or None where that says the same.
+        """
+        past = self._visible()
+        window = window_size or self.window
+        cuts = window is not None and past + N > window and (N > 1 or self.window is None)
+        padding = self._padding(past)
+        if not (return_array or cuts or any(padding)):
+            return "causal" if N > 1 else None
+        query = mx.arange(past, past + N)[:, None]
+        key = mx.arange(past + N)[None]
+        mask = query >= key
+        if cuts and window is not None:
+            mask = mask & (query < key + window)
+        if any(padding):
+            mask = mask & (key >= mx.array(padding)[:, None, None, None])
+        return mask
+
+    def _visible(self) -> int:
+        """Columns before the new tokens that they may see."""
+        return self._end if self.window is None else min(self._end, self.window - 1)
+
+    def _padding(self, past: int) -> list[int]:
+        """Empty columns by sequence among the last `past`."""
+        return [max(0, past - length) for length in self.lengths]
+
+    def _make_room(self, keys: mx.array, values: mx.array) -> None:
+        count = keys.shape[2]
+        held = 0 if self.keys is None else self.keys.shape[2]
+        if self._end + count <= held:
+            return
+        kept = self._most
+        room = kept + count + max(_MIN_ROOM, kept // 8 if self.window is None else 0)
+        self.keys = self._moved(self.keys, keys, kept, room)
+        self.values = self._moved(self.values, values, kept, room)
+        self._end = kept
+
+    def _moved(self, old: mx.array | None, new: mx.array, kept: int, room: int) -> mx.array:
+        """The last columns in a larger array."""
+        batch, heads, _, dim = new.shape
+        if old is None or not kept:
+            return mx.zeros((batch, heads, room, dim), new.dtype)
+        fresh = mx.zeros((batch, heads, room - kept, dim), new.dtype)
+        return mx.concatenate([old[:, :, self._end - kept : self._end], fresh], axis=2)
+
+    # -- what the engine asks for ----------------------------------------------------------------
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays."""
+        return sum(x.nbytes for x in (self.keys, self.values) if x is not None)
+
+    def last(self, count: int | None) -> tuple[mx.array, mx.array]:
+        """The last keys and values of one sequence, oldest first.
+
+        Args:
+            count: how many at most; None for all.
+
+        Raises:
+            EngineFailure: if they are no longer there.
+        """
+        (length,) = self.lengths
+        wanted = length if count is None else min(count, length)
+        if wanted > self._end or self.keys is None or self.values is None:
+            raise EngineFailure(
+                f"the cache keeps {self._end} of {length} tokens, fewer than the {wanted} that are "
+                "needed; make it with more slack"
+            )
+        span = slice(self._end - wanted, self._end)
+        return self.keys[:, :, span], self.values[:, :, span]
+
+    def trim(self, counts: Sequence[int]) -> None:
+        """Take back the last tokens.
+
+        Args:
+            counts: how many, by sequence.
+
+        Raises:
+            EngineFailure: if what they would have to see is no longer there.
+        """
+        least, most = min(counts), max(counts)
+        for length, count in zip(self.lengths, counts, strict=True):
+            left = length - count
+            needed = left if self.window is None else min(left, self.window - 1)
+            if left < 0 or self._end - count < needed:
+                raise EngineFailure(
+                    f"{count} tokens cannot be taken back from a cache of {length} that keeps the "
+                    f"last {self._end}; make it with more slack"
+                )
+        self.lengths = [n - count for n, count in zip(self.lengths, counts, strict=True)]
+        self._end -= least
+        if most > least and self.keys is not None and self.values is not None:
+            # every sequence must end at the same column
+            back = mx.array(list(counts))[:, None] - least
+            column = mx.maximum(mx.arange(self._end)[None] - back, 0)[:, None, :, None]
+            self.keys = mx.take_along_axis(self.keys, column, axis=2)
+            self.values = mx.take_along_axis(self.values, column, axis=2)
+
+    def row(self, index: int) -> KeyValueCache:
+        """One sequence as a cache of its own."""
+        out = KeyValueCache(self.window, self.slack)
+        out.lengths = [self.lengths[index]]
+        if self.keys is not None and self.values is not None:
+            kept = min(self.lengths[index], self._most)
+            span = slice(self._end - kept, self._end)
+            out.keys = self.keys[index : index + 1, :, span]
+            out.values = self.values[index : index + 1, :, span]
+            out._end = kept
+        return out
+
+    @property
+    def _most(self) -> int:
+        """Columns that are worth keeping."""
+        return self._end if self.window is None else min(self._end, self.window + self.slack)
+
+    @property
+    def num_kept(self) -> int:
+        """Tokens of a single sequence that are worth keeping."""
+        return min(self.lengths[0], self._most)
+
+    @classmethod
+    def join(cls, caches: Sequence[KeyValueCache]) -> KeyValueCache:
+        """Caches of single sequences, none of them empty, side by side."""
+        first = caches[0]
+        out = cls(first.window, first.slack)
+        kept = [cache.num_kept for cache in caches]
+        out.lengths = [cache.lengths[0] for cache in caches]
+        out._end = max(kept)
+        pairs = [cache.last(count) for cache, count in zip(caches, kept, strict=True)]
+        sides = [
+            mx.concatenate([_padded(x, out._end, _MIN_ROOM) for x in side])
+            for side in zip(*pairs, strict=True)
+        ]
+        out.keys, out.values = sides
+        return out
+
+
+def _padded(x: mx.array, columns: int, room: int) -> mx.array:
+    return mx.pad(x, [(0, 0), (0, 0), (columns - x.shape[2], room), (0, 0)])
+
+
+# -- kinds ---------------------------------------------------------------------------------------
+
+
+def _full(cache: Any, slack: int) -> KeyValueCache:  # noqa: ANN401  mlx-lm's caches
+    del cache, slack
+    return KeyValueCache()
+
+
+def _sliding(cache: Any, slack: int) -> KeyValueCache:  # noqa: ANN401
+    if cache.keep:
+        raise UnsupportedModel(
+            f"this model keeps its first {cache.keep} tokens beside a sliding window, which "
+            "optiq's engine does not do; run it with mlx-lm"
+        )
+    return KeyValueCache(cache.max_size, slack)
+
+
+def _arrays(cache: Any, slack: int) -> Any:  # noqa: ANN401
+    del slack
+    return cache
+
+
+def _several(cache: Any, slack: int) -> Any:  # noqa: ANN401
+    return CacheList(*(_own(part, slack) for part in cache.caches))
+
+
+KINDS: dict[type, Callable[[Any, int], Any]] = {
+    KVCache: _full,
+    RotatingKVCache: _sliding,
+    ArraysCache: _arrays,
+    CacheList: _several,
+}
+"""mlx-lm's kinds -> what stands for them here."""
+
+
+def _own(cache: Any, slack: int) -> Any:  # noqa: ANN401
+    make = KINDS.get(type(cache))
+    if make is None:
+        raise UnsupportedModel(
+            f"this model keeps its past in a {type(cache).__name__}, which optiq's engine does not "
+            f"know; it knows {[kind.__name__ for kind in KINDS]}; run it with mlx-lm"
+        )
+    return make(cache, slack)
+
+
+class Checkpoint:
+    """Where a sequence was: its length, and the states that cannot be taken back."""
+
+    def __init__(self, length: int, states: list[list[mx.array | None]]) -> None:
+        self.length, self.states = length, states
+
+
+class SequenceCache:
+    """The past of one or more sequences in all layers.
+
+    Args:
+        layers: as a model makes them, of mlx-lm's kinds or ours.
+        slack: tokens that can be taken back in sliding layers.
+
+    Raises:
+        UnsupportedModel: naming a kind that is not known.
+    """
+
+    def __init__(self, layers: Sequence[Any], slack: int = 0) -> None:
+        self.layers: list[Any] = [
+            x if isinstance(x, KeyValueCache) else _own(x, slack) for x in layers
+        ]
+        self.length = 0
+
+    @property
+    def attention(self) -> list[KeyValueCache]:
+        """The layers that have keys."""
+        return [leaf for leaf in self._leaves() if isinstance(leaf, KeyValueCache)]
+
+    @property
+    def states(self) -> list[Any]:
+        """The layers that cannot forget: mlx-lm's ArraysCache."""
+        return [leaf for leaf in self._leaves() if not isinstance(leaf, KeyValueCache)]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all layers."""
+        return sum(leaf.nbytes for leaf in self._leaves())
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """All arrays, to evaluate."""
+        kept = [x for leaf in self.attention for x in (leaf.keys, leaf.values)]
+        kept += [x for leaf in self.states for x in leaf.cache]
+        return [x for x in kept if x is not None]
+
+    def _leaves(self) -> Iterator[Any]:
+        for layer in self.layers:
+            yield from layer.caches if isinstance(layer, CacheList) else (layer,)
+
+    def checkpoint(self) -> Checkpoint:
+        """Where a single sequence is now."""
+        # MLX writes into arrays in place: another handle keeps what is there now
+        states = [[None if x is None else mx.array(x) for x in s.cache] for s in self.states]
+        return Checkpoint(self.length, states)
+
+    def back_to(self, point: Checkpoint, length: int) -> int:
+        """Take back the last tokens of a single sequence.
+
+        Args:
+            point: from before them.
+            length: tokens to be left, not fewer than at the point.
+
+        Returns:
+            Tokens that are left: `length`, or those of the point where a layer cannot forget; the
+            tokens between them have to be given again.
+        """
+        left = point.length if self.states else length
+        for leaf in self.attention:
+            leaf.trim([self.length - left])
+        for leaf, kept in zip(self.states, point.states, strict=True):
+            leaf.cache = list(kept)
+        self.length = left
+        return left
+
+    def row(self, index: int, length: int) -> SequenceCache:
+        """One sequence of several as a cache of its own."""
+        return _gathered([_row(layer, index) for layer in self.layers], length)
+
+    @classmethod
+    def elsewhere(cls, length: int) -> SequenceCache:
+        """Stands for a cache whose arrays are part of a batch."""
+        return _gathered([], length)
+
+    @classmethod
+    def join(cls, caches: Sequence[SequenceCache]) -> SequenceCache:
+        """Caches of single sequences, none of them empty, side by side."""
+        layers = zip(*(cache.layers for cache in caches), strict=True)
+        return _gathered([_joined(layer) for layer in layers], 0)
+
+
+def _gathered(layers: list[Any], length: int) -> SequenceCache:
+    out = SequenceCache(())
+    out.layers, out.length = layers, length
+    return out
+
+
+def _row(layer: Any, index: int) -> Any:  # noqa: ANN401
+    if isinstance(layer, KeyValueCache):
+        return layer.row(index)
+    if isinstance(layer, CacheList):
+        return CacheList(*(_row(part, index) for part in layer.caches))
+    out: Any = ArraysCache(len(layer.cache))
+    out.cache = [None if x is None else x[index : index + 1] for x in layer.cache]
+    return out
+
+
+def _joined(layers: Sequence[Any]) -> Any:  # noqa: ANN401
+    first = layers[0]
+    if isinstance(first, KeyValueCache):
+        return KeyValueCache.join(layers)
+    if isinstance(first, CacheList):
+        return CacheList(*map(_joined, zip(*(layer.caches for layer in layers), strict=True)))
+    out: Any = ArraysCache(len(first.cache))
+    columns = zip(*(layer.cache for layer in layers), strict=True)
+    out.cache = [None if xs[0] is None else mx.concatenate(list(xs)) for xs in columns]
+    return out

@@ -1,0 +1,144 @@
+"""What the caller gives -> the token ids and image features that the model reads."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from optiq.backend import mx
+from optiq.engine.messages import ChatOptions, Message, Prompter
+from optiq.errors import UsageError
+from optiq.models.vision.gemma4 import Gemma4Vision, Picture
+from optiq.models.vision.patches import Detail
+from optiq.upstream import TokenizerWrapper
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """A prompt as the model reads it.
+
+    Attributes:
+        tokens: with one id for each soft token of an image.
+        features: (P, H), of the P image tokens; None without images.
+    """
+
+    tokens: tuple[int, ...]
+    features: mx.array | None = None
+
+
+class Prompts:
+    """Prompts of one model.
+
+    Args:
+        folder: its directory.
+        config: its config.json.
+        tokenizer: its tokenizer.
+    """
+
+    def __init__(self, folder: Path, config: dict[str, Any], tokenizer: TokenizerWrapper) -> None:
+        self._folder, self._config, self._tokenizer = folder, config, tokenizer
+        self._text = Prompter(tokenizer, config)
+        self._vision: Gemma4Vision | None = None
+
+    @property
+    def vision(self) -> Gemma4Vision:
+        """What makes features of pictures, loaded when it is first needed.
+
+        Raises:
+            UsageError: if the directory has no sidecar, or a damaged one.
+            UnsupportedModel: if the model has another tower.
+        """
+        if self._vision is None:
+            self._vision = Gemma4Vision(self._folder, self._config)
+        return self._vision
+
+    @property
+    def has_template(self) -> bool:
+        """Whether messages can be given."""
+        return bool(self._tokenizer.has_chat_template)
+
+    def raw(
+        self, text: str, images: Sequence[Picture] = (), wanted: int | Detail | None = None
+    ) -> Prompt:
+        """Text to go on with: one BOS where the model wants it; special tokens are parsed.
+
+        Args:
+            text: with one image marker for each image.
+            images: pictures, paths, or patches with their positions.
+            wanted: soft tokens of each at most, or the detail.
+
+        Raises:
+            UsageError: if it is empty, the images are not as many as the markers, or one of them
+                cannot be read.
+        """
+        if images:
+            self.vision  # noqa: B018  a model that cannot see says so before anything else
+        return self._with_images(self._text.raw(text, len(images)).ids, images, wanted)
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        options: ChatOptions,
+        images: Sequence[Picture] = (),
+        wanted: int | Detail | None = None,
+    ) -> Prompt:
+        """A conversation that waits for the model's turn.
+
+        Args:
+            messages: OpenAI style, with a part of type `image` for each image.
+            options: tools and thinking.
+            images: pictures, paths, or patches with their positions; default: what the parts hold.
+            wanted: soft tokens of each at most, or the detail.
+
+        Raises:
+            UsageError: if there is no chat template, it has no place for something, the images are
+                not as many as the parts, or one of them cannot be read.
+        """
+        read = self._text.chat(messages, options)
+        held = [image for image in read.images if image is not None]
+        if not images and len(held) == len(read.images):
+            images = held
+        if len(images) != len(read.images):
+            raise UsageError(
+                f"the messages have {len(read.images)} places for images and {len(images)} images "
+                "were given; give one image for each place"
+            )
+        return self._with_images(read.ids, images, wanted)
+
+    def _with_images(
+        self, tokens: Sequence[int], images: Sequence[Picture], wanted: int | Detail | None
+    ) -> Prompt:
+        """A prompt of which every image token becomes the soft tokens of an image."""
+        if not images:
+            return Prompt(tuple(tokens))
+        patches = [self.vision.patches(image, wanted) for image in images]
+        return Prompt(tuple(self.vision.expand(tokens, patches)), self._features(patches))
+
+    def expanded(
+        self, tokens: Sequence[int], images: Sequence[Picture], wanted: int | Detail | None = None
+    ) -> Prompt:
+        """A prompt that has an id for each soft token already.
+
+        Raises:
+            UsageError: if its runs of image tokens are not those of the images.
+        """
+        if not images:
+            return Prompt(tuple(tokens))
+        patches = [self.vision.patches(image, wanted) for image in images]
+        self.vision.match(tokens, patches)
+        return Prompt(tuple(tokens), self._features(patches))
+
+    def _features(self, patches: Sequence[Any]) -> mx.array:
+        features = self.vision.features(patches)
+        mx.eval(features)
+        return features
+
+
+def user_message(text: str, num_images: int = 0) -> dict[str, Any]:
+    """A user turn with its images in front."""
+    if not num_images:
+        return {"role": "user", "content": text}
+    parts: list[dict[str, str]] = [{"type": "image"} for _ in range(num_images)]
+    return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}

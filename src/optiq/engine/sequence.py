@@ -1,0 +1,187 @@
+"""One answer that is being written."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections import deque
+from collections.abc import Sequence
+
+from optiq.backend import mx
+from optiq.engine.drafters.base import Session
+from optiq.engine.events import Event, FinishReason, TokenLogprob, Tokens, Usage
+from optiq.engine.kv_cache import SequenceCache
+from optiq.engine.pace import DraftReport, Pace
+from optiq.engine.requests import Reader, Request
+from optiq.engine.sampling import History, Place, Row
+from optiq.models.families.gemma4 import chunks
+
+
+@dataclasses.dataclass(frozen=True)
+class Drafting:
+    """A drafter at work on a sequence.
+
+    Attributes:
+        name: of the drafter.
+        session: its memory of the sequence.
+        pace: how many drafts a round has.
+    """
+
+    name: str
+    session: Session
+    pace: Pace
+
+
+class SequenceState:
+    """A request, what has been read and written of it, and its past in the model.
+
+    Args:
+        request: it.
+        cache: empty.
+        reader: makes text of its tokens.
+        drafting: a drafter, if it has one.
+        chunk: tokens of a prefill chunk.
+
+    Attributes:
+        tokens: prompt and answer.
+        cache: holds the first `cache.length` of them; while the sequence is in a batch, stale.
+        state: of the target, that the last token was chosen from.
+        parts: tokens of the chunks that are still to be read before it writes.
+        events: not yet given out.
+        done: nothing more will be written.
+        error: what ended it, if that was an error.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        cache: SequenceCache,
+        reader: Reader,
+        drafting: Drafting | None = None,
+        chunk: int = 512,
+    ) -> None:
+        self.request, self.cache, self.drafting = request, cache, drafting
+        self.tokens = list(request.tokens)
+        self.state: mx.array | None = None
+        self.events: deque[Event] = deque()
+        self.done = False
+        self.error: Exception | None = None
+        self._reader = reader
+        self._history = History(request.tokens)
+        self._image = _image_id(request)
+        self._features_used = 0
+        spans = chunks(request.tokens, chunk, self._image)
+        last = spans[-1]
+        # the last token is read in the step that chooses the first of the answer
+        tail = _tail(request.tokens[last], self._image)
+        sizes = [span.stop - span.start for span in spans[:-1]]
+        sizes += [last.stop - last.start - tail] if last.stop - last.start > tail else []
+        self.parts = deque(sizes)
+
+    @property
+    def written(self) -> int:
+        """Tokens of the answer so far."""
+        return len(self.tokens) - len(self.request.tokens)
+
+    @property
+    def unread(self) -> list[int]:
+        """Tokens that are not in the cache."""
+        return self.tokens[self.cache.length :]
+
+    @property
+    def begins_alone(self) -> bool:
+        """Whether its next pass is not that of a batch: the first token, or an image, is read."""
+        return not self.cache.length or len(self.unread) > 1
+
+    def features_of(self, tokens: Sequence[int]) -> mx.array | None:
+        """Features of the images among the next tokens to read; each is given once."""
+        if self.request.features is None:
+            return None
+        count = sum(token == self._image for token in tokens)
+        if not count or self._features_used >= len(self.request.features):
+            return None  # an image token in the answer is a token like others
+        start = self._features_used
+        self._features_used += count
+        return self.request.features[start : self._features_used]
+
+    def rows(self, drafts: Sequence[int] = ()) -> list[Row]:
+        """Whose logits those after the text, and after each draft, are."""
+        sampling = self.request.sampling
+        if not sampling.penalizes:
+            return [Row(sampling)] * (len(drafts) + 1)
+        ends = range(len(drafts) + 1)
+        return [Row(sampling, self._history.after(drafts[:end])) for end in ends]
+
+    def places(self, count: int) -> list[Place]:
+        """What the next draws follow from."""
+        seed = self.request.sampling.seed
+        assert seed is not None
+        return [Place(seed, self.request.choice, self.written + i) for i in range(count)]
+
+    def up_to_stop(self, tokens: list[int]) -> list[int]:
+        """The tokens up to the first that ends an answer, that one among them."""
+        ends = (i + 1 for i, token in enumerate(tokens) if token in self.request.stop)
+        return tokens[: next(ends, len(tokens))]
+
+    def take(self, tokens: Sequence[int], logprobs: Sequence[TokenLogprob]) -> None:
+        """Go on by tokens that were drawn, as far as the answer goes.
+
+        Args:
+            tokens: at least one.
+            logprobs: one a token, or none.
+        """
+        request = self.request
+        out: list[Event] = []
+        taken = 0
+        reason: FinishReason | None = None
+        for token in tokens:
+            taken += 1
+            self.tokens.append(token)
+            if request.constraint is not None:
+                request.constraint.accept(token)
+            if token in request.stop:
+                reason = "stop"
+            else:
+                out += self._reader.feed([token])
+                if self._reader.stopped is not None:
+                    reason = "stop"
+                elif self.written >= request.max_tokens:
+                    reason = "length"
+            if reason:
+                break
+        self._history.add(tokens[:taken])
+        logprobs = logprobs[:taken] if request.sampling.logprobs else ()
+        self.events.append(Tokens(tuple(tokens[:taken]), tuple(logprobs)))
+        self.events += out
+        if reason:
+            self.end(reason)
+
+    def end(self, reason: FinishReason) -> None:
+        """No more of it."""
+        report = self.report
+        usage = Usage(
+            prompt_tokens=len(self.request.tokens),
+            completion_tokens=self.written,
+            drafted_tokens=report.drafted if report else 0,
+            accepted_tokens=report.accepted if report else 0,
+        )
+        self.events += self._reader.finish(reason, usage)
+        self.done = True
+
+    @property
+    def report(self) -> DraftReport | None:
+        """What its drafter was good for; None without one."""
+        if self.drafting is None:
+            return None
+        return self.drafting.pace.report(self.drafting.name)
+
+
+def _image_id(request: Request) -> int | None:
+    return request.image_token_id if request.features is not None else None
+
+
+def _tail(tokens: Sequence[int], image: int | None) -> int:
+    """Tokens at the end that are read together: one, or an image."""
+    if image is None or tokens[-1] != image:
+        return 1
+    return len(list(itertools.takewhile(lambda token: token == image, reversed(tokens))))

@@ -1,0 +1,124 @@
+"""What the loop knows of a model: its past, the states after tokens, and their logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from optiq.backend import mx, nn
+from optiq.engine.kv_cache import SequenceCache
+from optiq.models.families.gemma4 import Gemma4
+from optiq.upstream import make_prompt_cache
+
+
+class Target(Protocol):
+    """A model that writes.
+
+    Attributes:
+        vocab_size: logits of a token.
+        image_token_id: id of a soft image token; None where it takes no images.
+    """
+
+    vocab_size: int
+    image_token_id: int | None
+
+    def make_cache(self, slack: int = 0) -> SequenceCache:
+        """An empty past.
+
+        Args:
+            slack: tokens beyond their window that sliding layers keep.
+
+        Raises:
+            UnsupportedModel: naming a kind of cache that the engine does not know.
+        """
+        ...
+
+    def states(
+        self, tokens: mx.array, cache: SequenceCache, features: mx.array | None = None
+    ) -> mx.array:
+        """What `logits` takes, after each token: (B, N, any).
+
+        Args:
+            tokens: (B, N) int32.
+            cache: takes them in.
+            features: (P, H), of the P image tokens among them.
+        """
+        ...
+
+    def logits(self, states: mx.array) -> mx.array:
+        """Logits after the soft-cap: (..., vocab_size)."""
+        ...
+
+
+class TreeTarget:
+    """A model of mlx-lm's; its states are its logits.
+
+    Args:
+        model: the module tree.
+        vocab_size: logits of a token.
+    """
+
+    image_token_id: int | None = None
+
+    def __init__(self, model: nn.Module, vocab_size: int) -> None:
+        self.model, self.vocab_size = model, vocab_size
+
+    def make_cache(self, slack: int = 0) -> SequenceCache:
+        """See `Target`."""
+        return SequenceCache(make_prompt_cache(self.model), slack)
+
+    def states(
+        self, tokens: mx.array, cache: SequenceCache, features: mx.array | None = None
+    ) -> mx.array:
+        """See `Target`."""
+        assert features is None
+        out: mx.array = self.model(tokens, cache=cache.layers)
+        cache.length += tokens.shape[1]
+        return out
+
+    def logits(self, states: mx.array) -> mx.array:
+        """See `Target`."""
+        return states
+
+
+class Gemma4Target:
+    """A Gemma-4; its states are those after the final norm, which its drafter reads.
+
+    Args:
+        model: the text tower.
+    """
+
+    def __init__(self, model: Gemma4) -> None:
+        self.model = model
+        self.vocab_size = int(model.text.vocab_size)
+        self.image_token_id = model.image_token_id
+
+    def make_cache(self, slack: int = 0) -> SequenceCache:
+        """See `Target`."""
+        return SequenceCache(self.model.make_cache(), slack)
+
+    def states(
+        self, tokens: mx.array, cache: SequenceCache, features: mx.array | None = None
+    ) -> mx.array:
+        """See `Target`."""
+        out = self.model.hidden(tokens, cache.layers, features)
+        cache.length += tokens.shape[1]
+        return out
+
+    def logits(self, states: mx.array) -> mx.array:
+        """See `Target`."""
+        return self.model.logits(states)
+
+
+def as_row(tokens: Sequence[int]) -> mx.array:
+    """Tokens of one sequence as `states` takes them: (1, N) int32."""
+    return mx.array([list(tokens)], dtype=mx.int32)
+
+
+def vocabulary_of(config: dict[str, Any]) -> int:
+    """`vocab_size` of a config."""
+    text = config.get("text_config")
+    given = (text if isinstance(text, dict) else {}) | {
+        k: v for k, v in config.items() if k == "vocab_size"
+    }
+    return int(given["vocab_size"])
