@@ -87,8 +87,7 @@ def test_a_stop_token_ends_the_answer_whatever_was_drafted_behind_it():
             last = sequence.events[-1]
             assert (last.reason, last.usage.completion_tokens) == ("stop", at + 1)
             assert num_drafts or last.usage.drafted_tokens <= at + 1
-            if drafter and num_drafts:
-                assert last.usage.drafted_tokens % num_drafts == 0
+            assert (last.usage.accepted_tokens > 0) == (drafter is not None)
 
 
 def test_lengths():
