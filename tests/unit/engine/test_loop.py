@@ -263,3 +263,19 @@ def test_greedy_text_is_that_of_pytorch(name, chunk):
     found = written(machine, asked)[0]
     same = next((i for i in range(32) if found[i] != expected[i]), 32)
     assert same == 32 or margins[same] < 1e-3
+
+
+@pytest.mark.parametrize("chunk", [1, 512])
+def test_a_prompt_that_ends_with_its_image(chunk):
+    """The image is read as a whole in the step that draws the first token."""
+    target = Gemma4Target(gemma4.target())
+    ids, features = gemma4.inputs("image/over_window")
+    end = len(ids) - ids[::-1].index(target.image_token_id)
+    states = target.model.hidden(mx.array([ids[:end]]), None, features)
+    logits = target.logits(states[:, -1])[0]
+    logits[mx.array(list(gemma4.SUPPRESSED))] = -mx.inf
+    asked = request(
+        ids[:end], 1, temperature=0, features=features, image_token_id=target.image_token_id
+    )
+    machine = Loop(target, gemma4.SUPPRESSED, limits=Limits(prefill_tokens=chunk))
+    assert written(machine, asked) == [[logits.argmax().item()]]
