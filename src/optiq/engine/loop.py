@@ -11,18 +11,19 @@ draft is accepted if it equals that draw. The text is that of plain decoding, at
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
-from optiq.backend import mx
+from optiq.backend import is_cpu, mx
 from optiq.engine.drafters.base import Drafter
 from optiq.engine.events import FinishReason, TokenLogprob
 from optiq.engine.kv_cache import SequenceCache
 from optiq.engine.pace import MAX_DRAFTS, Pace, StepTimes
 from optiq.engine.requests import Constraint, Reader, Request
-from optiq.engine.sampling import Place, Row, most_likely, reported_logprobs, sampled
+from optiq.engine.sampling import Row, most_likely, reported_logprobs, sampled
 from optiq.engine.scheduler import Limits, Scheduler
 from optiq.engine.sequence import Drafting, SequenceState
 from optiq.engine.target import Target, as_row
@@ -37,6 +38,8 @@ class Loop:
         drafter: what proposes tokens.
         limits: of a step.
         slack: see `Target.make_cache`.
+        run_ahead: begin a pass before the tokens of the last one are looked at; it costs a pass
+            for nothing at the end of an answer. Default: where the device is not the CPU.
     """
 
     def __init__(
@@ -46,7 +49,9 @@ class Loop:
         drafter: Drafter | None = None,
         limits: Limits | None = None,
         slack: int = 0,
+        run_ahead: bool | None = None,
     ) -> None:
+        self._run_ahead = not is_cpu() if run_ahead is None else run_ahead
         self.target, self.drafter = target, drafter
         self._suppressed = tuple(suppressed)
         self._slack = slack
@@ -84,11 +89,12 @@ class Loop:
         """Run one step. What fails for one sequence ends that sequence, with its `error`."""
         step = self._scheduler.next()
         writing = [self._sequences[number] for number in step.decode]
-        alone = [s for s in writing if len(writing) == 1 or s.begins_alone]
+        alone = [s for s in writing if s.begins_alone or (s.drafting and len(writing) == 1)]
         together = [s for s in writing if s not in alone]
-        if len(together) == 1:  # its company begins
-            alone, together = writing, []
-        self._batch.arrange(together)
+        if not self._batch.consists_of(together):
+            _guarded(self._batch.members, self._land)
+            together = [s for s in together if not s.done]
+            self._batch.arrange(together)
         for sequence in alone:
             _guarded([sequence], self._round)
         if together:
@@ -107,6 +113,8 @@ class Loop:
         for number in numbers:
             self._scheduler.remove(number)
             del self._sequences[number]
+        if self.idle:
+            self._batch = _Batch()  # which holds caches
 
     # -- reading and writing ---------------------------------------------------------------------
 
@@ -132,7 +140,7 @@ class Loop:
         states = self.target.states(as_row(tokens), cache, features)[:, -len(drafts) - 1 :]
         logits = self.target.logits(states)[0]
         rows, places = sequence.rows(drafts), sequence.places(len(drafts) + 1)
-        drawn, logprobs = self._drawn(logits, rows, places, allowed)
+        drawn = _numbers(sampled(logits, rows, places, self._suppressed, allowed))
         right = accepted(drafts, drawn)
         if right < len(drafts):
             kept = cache.length - len(drafts) + right
@@ -143,25 +151,62 @@ class Loop:
                 mx.eval(cache.arrays)
         sequence.state = states[:, right : right + 1]
         new = sequence.up_to_stop(drawn[: right + 1])
+        logprobs = self._reported(logits[: len(new)], new, rows[: len(new)])
         if sequence.drafting is not None:
             seconds = time.perf_counter() - start
             sequence.drafting.pace.record(len(drafts), right, len(new), seconds)
-        sequence.take(new, logprobs[: len(new)])
+        sequence.take(new, logprobs)
 
     def _pass(self, sequences: Sequence[SequenceState]) -> None:
-        """One token for each sequence of the batch."""
+        """One token for each sequence of the batch.
+
+        Where it may, the next pass is begun before the tokens of this one are looked at, so that
+        the device does not wait for Python.
+        """
+        if self._batch.flight is None:
+            self._batch.flight = self._launched(sequences)
+        flight, self._batch.flight = self._batch.flight, None
+        if self._run_ahead and all(s.may_run_ahead for s in sequences):
+            self._batch.flight = self._launched(sequences, flight.drawn)
+        self._landed(flight)
+
+    def _launched(
+        self, sequences: Sequence[SequenceState], drawn: mx.array | None = None
+    ) -> _Flight:
+        """A pass of the batch that is under way.
+
+        Args:
+            sequences: its members.
+            drawn: their last tokens, (B,), where they have not been looked at.
+        """
         constraints = [s.request.constraint for s in sequences]
         allowed = _stacked([None if c is None else c.allowed() for c in constraints])
-        last = mx.array([[s.tokens[-1]] for s in sequences], dtype=mx.int32)
-        states = self.target.states(last, self._batch.cache)
+        last = mx.array([s.tokens[-1] for s in sequences]) if drawn is None else drawn
+        states = self.target.states(last.astype(mx.int32)[:, None], self._batch.cache)
         logits = self.target.logits(states)[:, 0]
         rows = [s.rows()[0] for s in sequences]
-        places = [s.places(1)[0] for s in sequences]
-        drawn, logprobs = self._drawn(logits, rows, places, allowed)
-        for index, sequence in enumerate(sequences):
+        places = [s.places(1 if drawn is None else 2)[-1] for s in sequences]
+        for sequence in sequences:
             sequence.cache.length += 1
-            sequence.state = states[index : index + 1]
-            _guarded([sequence], _taker(drawn[index : index + 1], logprobs[index : index + 1]))
+        chosen = sampled(logits, rows, places, self._suppressed, allowed)
+        mx.async_eval(chosen)
+        return _Flight(list(sequences), rows, states, logits, chosen)
+
+    def _land(self, sequences: Sequence[SequenceState]) -> None:
+        """Finish the pass that is under way, if there is one."""
+        del sequences
+        flight, self._batch.flight = self._batch.flight, None
+        if flight is not None:
+            self._landed(flight)
+
+    def _landed(self, flight: _Flight) -> None:
+        """Give the sequences of a pass their tokens."""
+        tokens = _numbers(flight.drawn)
+        logprobs = self._reported(flight.logits, tokens, flight.rows)
+        for index, sequence in enumerate(flight.sequences):
+            sequence.state = flight.states[index : index + 1]
+            own = slice(index, index + 1)
+            _guarded([sequence], _taker(tokens[own], logprobs[own]))
 
     def _drafts(self, sequence: SequenceState) -> list[int]:
         """What a drafter proposes, as far as the answer can go."""
@@ -178,19 +223,14 @@ class Loop:
         ends = [i for i, token in enumerate(proposed) if token in request.stop]
         return proposed[: ends[0] + 1] if ends else proposed
 
-    def _drawn(
-        self,
-        logits: mx.array,
-        rows: Sequence[Row],
-        places: Sequence[Place],
-        allowed: mx.array | None,
-    ) -> tuple[list[int], list[TokenLogprob]]:
-        """A token for each row of logits, and log-probabilities where a row asks for them."""
-        tokens = _numbers(sampled(logits, rows, places, self._suppressed, allowed))
+    def _reported(
+        self, logits: mx.array, tokens: Sequence[int], rows: Sequence[Row]
+    ) -> list[TokenLogprob]:
+        """Log-probabilities of the tokens of rows of logits; none where no row asks for them."""
         if not any(row.sampling.logprobs for row in rows):
-            return tokens, []
+            return []
         reported = reported_logprobs(logits, self._suppressed)
-        own = _numbers(mx.take_along_axis(reported, mx.array(tokens)[:, None], axis=-1)[:, 0])
+        own = _numbers(mx.take_along_axis(reported, mx.array(list(tokens))[:, None], axis=-1)[:, 0])
         count = max(row.sampling.top_logprobs for row in rows)
         ids, values = most_likely(reported, count)
         found = []
@@ -198,32 +238,59 @@ class Loop:
             pairs = zip(ids[index], values[index], strict=True)
             top = tuple(itertools.islice(pairs, row.sampling.top_logprobs))
             found.append(TokenLogprob(tokens[index], own[index], top))
-        return tokens, found
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class _Flight:
+    """A pass of a batch whose tokens have not been looked at.
+
+    Attributes:
+        sequences: of the batch.
+        rows: how their tokens are drawn.
+        states: (B, 1, any).
+        logits: (B, vocabulary).
+        drawn: (B,) tokens.
+    """
+
+    sequences: list[SequenceState]
+    rows: list[Row]
+    states: mx.array
+    logits: mx.array
+    drawn: mx.array
 
 
 class _Batch:
-    """Sequences that write side by side, and their joined caches."""
+    """Sequences that write side by side, their joined caches, and a pass that is under way."""
 
     def __init__(self) -> None:
         self.members: list[SequenceState] = []
         self.cache = SequenceCache(())
+        self.flight: _Flight | None = None
+
+    def consists_of(self, members: Sequence[SequenceState]) -> bool:
+        """Whether these are the members, in order."""
+        return len(members) == len(self.members) and all(
+            a is b for a, b in zip(members, self.members, strict=True)
+        )
 
     def arrange(self, members: Sequence[SequenceState]) -> None:
         """Let these sequences be the batch; those that leave get their own cache back.
 
-        Cost: nothing while they stay the same, else a copy of all their keys and values.
+        Cost: a copy of all keys and values, but for a single one.
         """
-        if len(members) == len(self.members) and all(
-            a is b for a, b in zip(members, self.members, strict=True)
-        ):
-            return
-        for index, sequence in enumerate(self.members):
-            if not sequence.done:
-                sequence.cache = self.cache.row(index, sequence.cache.length)
-        self.members, self.cache = list(members), SequenceCache(())
+        if len(self.members) == 1:
+            self.cache.length = self.members[0].cache.length
+            self.members[0].cache = self.cache
+        else:
+            for index, sequence in enumerate(self.members):
+                if not sequence.done:
+                    sequence.cache = self.cache.row(index, sequence.cache.length)
+        self.members, self.cache, self.flight = list(members), SequenceCache(()), None
         if not members:
             return
-        self.cache = SequenceCache.join([sequence.cache for sequence in members])
+        caches = [sequence.cache for sequence in members]
+        self.cache = caches[0] if len(caches) == 1 else SequenceCache.join(caches)
         for sequence in members:
             sequence.cache = SequenceCache.elsewhere(sequence.cache.length)
         mx.eval(self.cache.arrays)

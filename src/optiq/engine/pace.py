@@ -29,7 +29,7 @@ class DraftReport:
         rounds: passes of the target in which drafts were checked.
         plain_steps: passes without drafts.
         drafted: drafts that were checked.
-        accepted: of these, right.
+        accepted: of these, right; with a fixed number, those behind the end of the answer too.
         tokens: written in all passes.
         speedup: time of as many plain steps over the time taken; None where no plain step was
             measured.
@@ -96,6 +96,11 @@ class Pace:
         self._next_pause = _FIRST_PAUSE
         self._seconds = 0.0
         self.rounds = self.plain_steps = self.drafted = self.accepted = self.tokens = 0
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether every round has the number of drafts that was asked for."""
+        return self._fixed is not None
 
     def next(self) -> int:
         """Drafts of the next round."""

@@ -93,6 +93,13 @@ class SequenceState:
         """Whether its next pass is not that of a batch: the first token, or an image, is read."""
         return not self.cache.length or len(self.unread) > 1
 
+    @property
+    def may_run_ahead(self) -> bool:
+        """Whether the token after the next can be drawn before the next is known to Python."""
+        request = self.request
+        free = request.constraint is None and not request.sampling.penalizes
+        return free and self.written + 1 < request.max_tokens
+
     def features_of(self, tokens: Sequence[int]) -> mx.array | None:
         """Features of the images among the next tokens to read; each is given once."""
         if self.request.features is None:

@@ -1,5 +1,7 @@
 """The loop: sequences side by side, ends, constraints, errors and log-probabilities."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -7,6 +9,7 @@ from optiq.backend import mx
 from optiq.engine.drafters.ngram import NgramDrafter
 from optiq.engine.events import Finished, Tokens
 from optiq.engine.loop import Loop
+from optiq.engine.sampling import Sampling
 from optiq.engine.scheduler import Limits
 from optiq.engine.target import Gemma4Target
 from tests import gemma4
@@ -35,13 +38,16 @@ def sampled_requests():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("limits", [Limits(8, 512), Limits(3, 4)])
-def test_tokens_are_the_same_alone_and_in_a_batch(kind, limits):
+@pytest.mark.parametrize(("limits", "run_ahead"), [(Limits(8, 512), False), (Limits(3, 4), True)])
+def test_tokens_are_the_same_alone_and_in_a_batch(kind, limits, run_ahead):
     """Sequences come and go at different times; prompts are read in chunks beside them."""
     target = tiny_target(kind, scale=SCALE)
     asked = list(sampled_requests())
-    alone = [written(Loop(target), each)[0] for each in asked]
-    assert written(Loop(target, limits=limits), *asked) == alone
+    asked += [dataclasses.replace(a, sampling=Sampling(seed=4, top_p=0.9)) for a in asked]
+    alone = [written(Loop(target, drafter=Forced({}, 0, VOCAB)), each)[0] for each in asked]
+    machine = Loop(target, limits=limits, run_ahead=run_ahead)
+    assert written(machine, *asked) == alone
+    assert written(machine, asked[-1]) == alone[-1:]
 
 
 def test_drafts_pause_in_a_batch_and_go_on_after_it():
@@ -66,20 +72,22 @@ def test_the_same_seed_gives_other_tokens_for_another_choice(kind):
     assert answers[0] == answers[2] != answers[1]
 
 
-def test_a_stop_token_ends_the_answer_and_drafts_behind_it_do_not_count():
+def test_a_stop_token_ends_the_answer_whatever_was_drafted_behind_it():
     target = tiny_target("full")
     plain = written(Loop(target), request([3, 4], 20))[0]
     at = next(i for i in range(2, 20) if plain[i] not in plain[:i])
-    asked = request([3, 4], 20, stop=frozenset({plain[at]}), num_drafts=8)
     for drafter in (None, Forced({(3, 4): plain}, 1.0, VOCAB)):
-        machine = Loop(target, drafter=drafter)
-        sequence = machine.add(asked, Silent())
-        while not machine.idle:
-            machine.step()
-        assert sequence.tokens[2:] == plain[: at + 1]
-        last = sequence.events[-1]
-        assert (last.reason, last.usage.completion_tokens) == ("stop", at + 1)
-        assert last.usage.accepted_tokens <= at + 1
+        for num_drafts in (8, None):
+            asked = request([3, 4], 20, stop=frozenset({plain[at]}), num_drafts=num_drafts)
+            machine = Loop(target, drafter=drafter)
+            sequence = machine.add(asked, Silent())
+            while not machine.idle:
+                machine.step()
+            assert sequence.tokens[2:] == plain[: at + 1]
+            last = sequence.events[-1]
+            assert (last.reason, last.usage.completion_tokens) == ("stop", at + 1)
+            assert num_drafts or last.usage.drafted_tokens <= at + 1
+            assert (last.usage.accepted_tokens > 0) == (drafter is not None)
 
 
 def test_lengths():
@@ -186,9 +194,10 @@ class Failing(Silent):
         return []
 
 
-def test_an_error_ends_one_sequence_and_no_other():
+@pytest.mark.parametrize("run_ahead", [False, True])
+def test_an_error_ends_one_sequence_and_no_other(run_ahead):
     target = tiny_target("sliding", scale=SCALE)
-    machine = Loop(target)
+    machine = Loop(target, run_ahead=run_ahead)
     asked = [request([i], 9, temperature=0) for i in (3, 4, 5)]
     readers = [Silent(), Failing(), Silent()]
     sequences = [machine.add(*pair) for pair in zip(asked, readers, strict=True)]
@@ -201,9 +210,10 @@ def test_an_error_ends_one_sequence_and_no_other():
 
 
 @pytest.mark.parametrize("after", [0, 1, 4])
-def test_cancel_takes_effect_before_the_next_step(after):
+@pytest.mark.parametrize("run_ahead", [False, True])
+def test_cancel_takes_effect_before_the_next_step(after, run_ahead):
     target = tiny_target("sliding", scale=SCALE)
-    machine = Loop(target, limits=Limits(8, 4))
+    machine = Loop(target, limits=Limits(8, 4), run_ahead=run_ahead)
     first = machine.add(request(range(9), 9, temperature=0), Silent())
     other = machine.add(request([7], 9, temperature=0), Silent())
     for _ in range(after):
@@ -215,6 +225,22 @@ def test_cancel_takes_effect_before_the_next_step(after):
     assert len(first.tokens) == count
     assert first.events[-1] == Finished("cancelled", first.events[-1].usage)
     assert other.tokens[1:] == written(Loop(target), request([7], 9, temperature=0))[0]
+
+
+def test_a_pass_that_nobody_waits_for_is_forgotten():
+    """One that was begun for sequences that are cancelled does not reach the next ones."""
+    target = tiny_target("sliding", scale=SCALE)
+    machine = Loop(target, run_ahead=True)
+    asked = [request([i, i + 1], 9, temperature=0) for i in (3, 8)]
+    first = machine.add(asked[0], Silent())
+    for _ in range(4):
+        machine.step()
+    second = machine.add(asked[1], Silent())
+    machine.cancel(first)
+    while not machine.idle:
+        machine.step()
+    assert second.tokens[2:] == written(Loop(target), asked[1])[0]
+    assert not machine._batch.members
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 512])
@@ -237,3 +263,19 @@ def test_greedy_text_is_that_of_pytorch(name, chunk):
     found = written(machine, asked)[0]
     same = next((i for i in range(32) if found[i] != expected[i]), 32)
     assert same == 32 or margins[same] < 1e-3
+
+
+@pytest.mark.parametrize("chunk", [1, 512])
+def test_a_prompt_that_ends_with_its_image(chunk):
+    """The image is read as a whole in the step that draws the first token."""
+    target = Gemma4Target(gemma4.target())
+    ids, features = gemma4.inputs("image/over_window")
+    end = len(ids) - ids[::-1].index(target.image_token_id)
+    states = target.model.hidden(mx.array([ids[:end]]), None, features)
+    logits = target.logits(states[:, -1])[0]
+    logits[mx.array(list(gemma4.SUPPRESSED))] = -mx.inf
+    asked = request(
+        ids[:end], 1, temperature=0, features=features, image_token_id=target.image_token_id
+    )
+    machine = Loop(target, gemma4.SUPPRESSED, limits=Limits(prefill_tokens=chunk))
+    assert written(machine, asked) == [[logits.argmax().item()]]
