@@ -76,6 +76,15 @@ def test_sampled_text_is_the_same(given):
     assert plain.acceptance is None
 
 
+def test_a_drafter_of_a_plug_in_is_found_by_name(monkeypatch):
+    monkeypatch.setitem(DRAFTERS._targets, "silent", "tests.drafters:open_silent")
+    settings = {"seed": 5, "max_tokens": 12}
+    plain = optiq.load(TARGET).generate("Hello", **settings).result()
+    found = optiq.load(TARGET, "silent").generate("Hello", **settings).result()
+    assert found.token_ids == plain.token_ids
+    assert found.acceptance.drafted > found.acceptance.accepted == 0
+
+
 # -- what does not fit ---------------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 import weakref
+from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,7 @@ class Generation:
     def __init__(self, engine: Engine, sequence: SequenceState) -> None:
         self._engine, self._sequence = engine, sequence
         self._seen: list[Event] = []
-        weakref.finalize(self, engine._abandon, sequence)  # noqa: SLF001  its own engine
+        weakref.finalize(self, engine._abandoned.append, sequence)  # noqa: SLF001  its own engine
 
     def __iter__(self) -> Iterator[Event]:
         return self
@@ -201,6 +202,7 @@ class Engine:
             self._target, self._defaults.suppressed, self._drafter, self._options.limits, slack
         )
         self._lock = threading.RLock()
+        self._abandoned: deque[SequenceState] = deque()
 
     # -- writing ---------------------------------------------------------------------------------
 
@@ -260,6 +262,7 @@ class Engine:
         )
         parser = self._output.parser(stop=settings.stop, tools=tools, prompt=read.tokens, raw=raw)
         with self._lock:
+            self._clear()
             return Generation(self, self._loop.add(request, parser))
 
     def _room(self, prompt: Prompt, sampling: Sampling) -> int:
@@ -276,6 +279,7 @@ class Engine:
         """The next event of a sequence; steps of the loop are run until there is one."""
         with self._lock:
             while not sequence.events and not sequence.done:
+                self._clear()
                 self._loop.step()
             if sequence.events:
                 return sequence.events.popleft()
@@ -291,7 +295,10 @@ class Engine:
         with self._lock:
             self._loop.cancel(sequence)
 
-    _abandon = _cancel
+    def _clear(self) -> None:
+        """Cancel answers that nobody holds any more."""
+        while self._abandoned:
+            self._loop.cancel(self._abandoned.popleft())
 
     # -- logits ----------------------------------------------------------------------------------
 

@@ -307,11 +307,6 @@ class SequenceCache:
         return [leaf for leaf in self._leaves() if not isinstance(leaf, KeyValueCache)]
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of all layers."""
-        return sum(leaf.nbytes for leaf in self._leaves())
-
-    @property
     def arrays(self) -> list[mx.array]:
         """All arrays, to evaluate."""
         kept = [x for leaf in self.attention for x in (leaf.keys, leaf.values)]

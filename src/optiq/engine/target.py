@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from optiq.backend import mx, nn
 from optiq.engine.kv_cache import SequenceCache
+from optiq.errors import UnsupportedModel
 from optiq.models.families.gemma4 import Gemma4
 from optiq.upstream import make_prompt_cache
 
@@ -116,9 +117,16 @@ def as_row(tokens: Sequence[int]) -> mx.array:
 
 
 def vocabulary_of(config: dict[str, Any]) -> int:
-    """`vocab_size` of a config."""
+    """`vocab_size` of a config.
+
+    Raises:
+        UnsupportedModel: if there is none.
+    """
     text = config.get("text_config")
-    given = (text if isinstance(text, dict) else {}) | {
-        k: v for k, v in config.items() if k == "vocab_size"
-    }
-    return int(given["vocab_size"])
+    inner = text.get("vocab_size") if isinstance(text, dict) else None
+    size = config.get("vocab_size", inner)
+    if not isinstance(size, int):
+        raise UnsupportedModel(
+            f"config.json of model_type '{config.get('model_type')}' has no vocab_size; add it"
+        )
+    return size

@@ -122,6 +122,7 @@ def test_cancel(engine):
 
 def test_an_answer_that_nobody_wants_any_more_takes_no_time(engine):
     engine.generate("Hello", seed=0)
+    engine.generate("Hello", max_tokens=1).result()
     assert engine._loop.idle
 
 
