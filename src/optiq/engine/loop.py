@@ -217,11 +217,9 @@ class Loop:
         count = min(drafting.pace.next(), MAX_DRAFTS, room)
         if count < 1:
             return []
-        proposed = drafting.session.propose(sequence.tokens, sequence.state, sequence.cache, count)[
-            :count
-        ]
-        ends = [i for i, token in enumerate(proposed) if token in request.stop]
-        return proposed[: ends[0] + 1] if ends else proposed
+        session = drafting.session
+        proposed = session.propose(sequence.tokens, sequence.state, sequence.cache, count)[:count]
+        return proposed if drafting.pace.is_fixed else sequence.up_to_stop(proposed)
 
     def _reported(
         self, logits: mx.array, tokens: Sequence[int], rows: Sequence[Row]

@@ -279,3 +279,18 @@ def test_a_prompt_that_ends_with_its_image(chunk):
     )
     machine = Loop(target, gemma4.SUPPRESSED, limits=Limits(prefill_tokens=chunk))
     assert written(machine, asked) == [[logits.argmax().item()]]
+
+
+@pytest.mark.parametrize(("num_drafts", "drafted"), [(3, 3), (None, 1)])
+def test_a_fixed_number_of_drafts_goes_on_behind_a_stop_token(num_drafts, drafted):
+    target = tiny_target("full")
+    plain = written(Loop(target), request([3, 4], 9))[0]
+    asked = request([3, 4], 9, stop=frozenset(plain[:1]), num_drafts=num_drafts)
+    machine = Loop(target, drafter=Forced({(3, 4): plain}, 1.0, VOCAB))
+    for seconds in (1.0, 1.0):  # a plain step need not be timed first
+        machine._times.add(0, seconds)
+    sequence = machine.add(asked, Silent())
+    while not machine.idle:
+        machine.step()
+    assert sequence.tokens[2:] == plain[:1]
+    assert sequence.report.drafted == drafted
