@@ -16,7 +16,7 @@ out="${OUT:-models/quickstart-5bpw}"
 step "converting $model to 5 stored bits per weight; the uniform rival is judged beside it"
 optiq convert "$model" -o "$out" --effort quick --max-windows 18 --rival --force
 step "what it writes"
-optiq generate "$out" "Why is the sky blue? Answer in one sentence." --max-tokens 48
+optiq generate "$out" "Why is the sky blue? Answer in one sentence." --temperature 0 --max-tokens 48
 step "done"
 echo "model: $out"
 echo "card:  $out/README.md"
