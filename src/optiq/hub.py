@@ -301,10 +301,7 @@ def _explanation(
         case HfHubHTTPError():
             return _refusal(page, error)
         case httpx.InvalidURL() | httpx.UnsupportedProtocol():
-            return UsageError(
-                f"{endpoint} is no address of a hub ({reason(error)}); set HF_ENDPOINT to one "
-                f"such as https://huggingface.co, or unset it"
-            )
+            return no_address(endpoint, error)
         case httpx.HTTPError() | ConnectionError() | TimeoutError():
             return EngineFailure(
                 f"{endpoint} cannot be reached ({reason(error)}); check the network and "
@@ -313,6 +310,14 @@ def _explanation(
         case OSError():
             return _disk_failure(page, error)
     return EngineFailure(f"{page} could not be downloaded ({reason(error)}); run again later")
+
+
+def no_address(endpoint: str, error: BaseException) -> UsageError:
+    """What to say where the endpoint is no address."""
+    return UsageError(
+        f"{endpoint} is no address of a hub ({reason(error)}); set HF_ENDPOINT to one such as "
+        f"https://huggingface.co, or unset it"
+    )
 
 
 def reason(error: BaseException) -> str:

@@ -22,7 +22,7 @@ from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # kept fo
 from optiq import settings
 from optiq.errors import EngineFailure, OptiqError, UsageError
 from optiq.events import Emit, StageDone, StageStarted
-from optiq.hub import LOG_IN, check_repo_id, hub_endpoint, reason
+from optiq.hub import LOG_IN, check_repo_id, hub_endpoint, no_address, reason
 
 _MARK = "optiq/plan.json"
 _NOT_SENT = ("optiq/run.json",)  # has paths of this machine
@@ -165,10 +165,7 @@ def _explanation(plan: Upload, error: BaseException) -> OptiqError:
         case HfHubHTTPError():
             return _refusal(plan, error)
         case httpx.InvalidURL() | httpx.UnsupportedProtocol():
-            return UsageError(
-                f"{hub_endpoint()} is no address of a hub ({reason(error)}); set HF_ENDPOINT to "
-                f"one such as https://huggingface.co, or unset it"
-            )
+            return no_address(hub_endpoint(), error)
         case httpx.HTTPError() | ConnectionError() | TimeoutError():
             return EngineFailure(
                 f"{hub_endpoint()} cannot be reached ({reason(error)}); check the network and "

@@ -27,7 +27,8 @@ from optiq.models.modules import find_modules, parameters_of
 from optiq.models.safetensors_io import disk_failure, fingerprint, read_headers
 from optiq.upstream import TokenizerWrapper, load_as, load_config, tokenizer_of
 
-_DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
+DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
+"""Dtypes of weights by the names that artifacts give them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Source:
     @property
     def dtype(self) -> mx.Dtype:
         """Dtype of the weights, which scales and biases take."""
-        return _DTYPES[self.info.dtype]
+        return DTYPES[self.info.dtype]
 
     def weights(self) -> dict[str, mx.array]:
         """Fresh lazy arrays of every parameter, by its name in the module tree.
@@ -312,7 +313,7 @@ def _main_dtype(ref: str, weights: dict[str, mx.array]) -> str:
         if value.ndim > 1:
             name = str(value.dtype).rpartition(".")[2]
             sizes[name] = sizes.get(name, 0) + value.nbytes
-    unknown = sorted(set(sizes) - set(_DTYPES))
+    unknown = sorted(set(sizes) - set(DTYPES))
     if unknown or not sizes:
         raise UsageError(
             f"{ref} holds matrices of dtype {', '.join(unknown) or 'none'}; give a source in "

@@ -14,14 +14,14 @@ import numpy as np
 
 from optiq.artifacts import QuantOption, Rounding
 from optiq.backend import mx
-from optiq.numerics.affine import Grid, decode, encode, grouped, minmax_grid, stored
+from optiq.models.load import DTYPES
+from optiq.numerics.affine import Grid, decode, encode, grouped, minmax_grid, round_trip, stored
 from optiq.numerics.gram import damped
 from optiq.quant.quantizers import gptq
 from optiq.quant.quantizers.base import FloatArray, Inputs
 from optiq.quant.quantizers.search import FITS, SHRINK
 
 _BLOCK = 64
-DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 
 class DeviceInputs(NamedTuple):
@@ -57,10 +57,10 @@ def weighted_error(w: mx.array, rounded: mx.array, gram: mx.array) -> mx.array:
 
 
 def _fit(
-    groups: mx.array, h: mx.array, scale: mx.array, bias: mx.array, levels: mx.array
+    groups: mx.array, h: mx.array, grid: Grid, bits: int
 ) -> tuple[mx.array, mx.array, mx.array]:
     """Weighted least squares on the codes of a grid: slope, mean of the weights, mean code."""
-    codes = _codes(groups, scale, bias, levels)
+    codes = encode(groups, grid, bits)
     total = h.sum(axis=-1)
     mean_q = (codes * h).sum(axis=-1) / total
     mean_w = (groups * h).sum(axis=-1) / total
@@ -71,18 +71,10 @@ def _fit(
     return mx.where(var > 1e-9, cov / mx.where(var > 1e-9, var, 1), 0), mean_w, mean_q
 
 
-def _error(
-    groups: mx.array, h: mx.array, scale: mx.array, bias: mx.array, levels: mx.array
-) -> mx.array:
+def _error(groups: mx.array, h: mx.array, grid: Grid, bits: int) -> mx.array:
     """Weighted squared error of every group on a grid."""
-    d = _codes(groups, scale, bias, levels) * scale[..., None] + bias[..., None] - groups
+    d = round_trip(groups, grid, bits) - groups
     return (d * d * h).sum(axis=-1)
-
-
-def _codes(groups: mx.array, scale: mx.array, bias: mx.array, levels: mx.array) -> mx.array:
-    scale = scale[..., None]
-    inverse = mx.where(scale == 0, 0, 1 / mx.where(scale == 0, 1, scale))
-    return mx.clip(mx.round((groups - bias[..., None]) * inverse), 0, levels)
 
 
 def search_grid(groups: mx.array, h: mx.array, bits: int, dtype: mx.Dtype) -> Grid:
@@ -94,23 +86,21 @@ def search_grid(groups: mx.array, h: mx.array, bits: int, dtype: mx.Dtype) -> Gr
         bits: bits of a code.
         dtype: stored dtype of scales and biases.
     """
-    levels = mx.array(2**bits - 1, mx.float32)
     scales, biases = minmax_grid(groups, bits, dtype)
-    best = _error(groups, h, scales, biases, levels)
+    best = _error(groups, h, Grid(scales, biases), bits)
     high, low = groups.max(axis=-1), groups.min(axis=-1)
     middle, half = (high + low) / 2, (high - low) / 2
     for shrink in SHRINK[bits]:
-        scale = half * (2 * shrink / (2**bits - 1))
-        bias = middle - half * shrink
+        grid = Grid(half * (2 * shrink / (2**bits - 1)), middle - half * shrink)
         for _ in range(FITS):
-            slope, mean_w, mean_q = _fit(groups, h, scale, bias, levels)
+            slope, mean_w, mean_q = _fit(groups, h, grid, bits)
             scale = stored(slope, dtype)
-            bias = stored(mean_w - scale * mean_q, dtype)
-            error = _error(groups, h, scale, bias, levels)
+            grid = Grid(scale, stored(mean_w - scale * mean_q, dtype))
+            error = _error(groups, h, grid, bits)
             better = error < best
             best = mx.where(better, error, best)
-            scales = mx.where(better, scale, scales)
-            biases = mx.where(better, bias, biases)
+            scales = mx.where(better, grid.scales, scales)
+            biases = mx.where(better, grid.biases, biases)
     return Grid(scales, biases)
 
 
@@ -234,8 +224,7 @@ def sampled_errors(
     for option in options:
         groups = grouped(w, option.group_size)
         plain = minmax_grid(groups, option.bits, DTYPES[dtype])
-        dense = decode(encode(groups, plain, option.bits), plain)
-        before.append(w - dense.reshape(w.shape))
+        before.append(w - round_trip(groups, plain, option.bits).reshape(w.shape))
         grids.append(_grid(groups, option, inputs, dtype, rounding))
         codes.append(encode(groups, grids[-1], option.bits).reshape(w.shape))
         mx.eval(before[-1], codes[-1], *grids[-1])
