@@ -14,6 +14,8 @@ A message says what is wrong, the value seen, and what to do.
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class OptiqError(Exception):
     """Base of every error optiq raises on purpose; shown without a traceback."""
@@ -54,11 +56,32 @@ class RequestRejected(OptiqError):
 
     Attributes:
         http_status: status code of the answer.
+        param: the parameter at fault, as the protocol spells it; None if it is none.
+        code: short name of the fault, such as `context_length_exceeded`; None if it has none.
+        retry_after_s: when to try again; None where that is not known or does not help.
     """
 
-    def __init__(self, message: str, *, http_status: int = 400) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        http_status: int = 400,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
         super().__init__(message)
         self.http_status = http_status
+        self.param, self.code = param, code
+        self.retry_after_s = retry_after_s
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Picklable, with everything it carries: it crosses from the engine process."""
+        return (_rejected, (str(self), vars(self)))
+
+
+def _rejected(message: str, values: dict[str, Any]) -> RequestRejected:
+    return RequestRejected(message, **values)
 
 
 class EngineFailure(OptiqError):

@@ -122,6 +122,21 @@ class Generation:
         self._seen.append(event)
         return event
 
+    def pending(self) -> list[Event]:
+        """Events that are there already, in order; for who calls `Engine.step` himself.
+
+        Raises:
+            EngineFailure: if the machine fails, or optiq does.
+        """
+        events = self._engine._pending(self._sequence)  # noqa: SLF001
+        self._seen += events
+        return events
+
+    @property
+    def done(self) -> bool:
+        """Whether no more is written; there may be events that were not taken."""
+        return self._sequence.done
+
     def cancel(self) -> None:
         """Write no more; the last event says `cancelled`."""
         self._engine._cancel(self._sequence)  # noqa: SLF001
@@ -283,13 +298,33 @@ class Engine:
                 self._loop.step()
             if sequence.events:
                 return sequence.events.popleft()
-            if isinstance(sequence.error, OptiqError):
-                raise sequence.error
             if sequence.error is not None:
-                raise EngineFailure(
-                    f"the engine failed at token {len(sequence.tokens)} ({sequence.error!r})"
-                ) from sequence.error
+                raise _failure(sequence)
             return None
+
+    @property
+    def idle(self) -> bool:
+        """Whether every answer that was begun has ended."""
+        with self._lock:
+            self._clear()
+            return self._loop.idle
+
+    def step(self) -> None:
+        """Run one step for all answers that are being written; their events are then pending.
+
+        What fails for one answer ends that answer. Whoever iterates over answers needs no steps.
+        """
+        with self._lock:
+            self._clear()
+            self._loop.step()
+
+    def _pending(self, sequence: SequenceState) -> list[Event]:
+        with self._lock:
+            events = list(sequence.events)
+            sequence.events.clear()
+            if not events and sequence.error is not None:
+                raise _failure(sequence)
+            return events
 
     def _cancel(self, sequence: SequenceState) -> None:
         with self._lock:
@@ -364,6 +399,17 @@ class Engine:
             out.append(self._target.states(as_row(tokens), cache, given))
             mx.eval(out[-1], cache.arrays)
         return mx.concatenate(out, axis=1)
+
+
+def _failure(sequence: SequenceState) -> OptiqError:
+    """What ended a sequence, as an error of ours."""
+    if isinstance(sequence.error, OptiqError):
+        return sequence.error
+    failure = EngineFailure(
+        f"the engine failed at token {len(sequence.tokens)} ({sequence.error!r})"
+    )
+    failure.__cause__ = sequence.error
+    return failure
 
 
 def load(

@@ -10,7 +10,7 @@ from PIL import Image
 import optiq
 from optiq.backend import mx
 from optiq.engine.engine import EngineOptions
-from optiq.engine.events import Finished, TextDelta, Tokens
+from optiq.engine.events import Finished, TextDelta, Tokens, collect
 from optiq.engine.loading import open_target
 from optiq.errors import UnsupportedModel, UsageError
 from optiq.events import Notice
@@ -108,6 +108,21 @@ def test_answers_share_passes_and_are_those_of_one_at_a_time(engine):
     alone = [engine.generate(p, seed=1, max_tokens=12).result().token_ids for p in prompts]
     begun = [engine.generate(p, seed=1, max_tokens=12) for p in prompts]
     assert [each.result().token_ids for each in begun] == alone
+
+
+def test_who_takes_the_steps_himself_gets_the_same_events(engine):
+    prompts = ["hello", "a longer text to go on with"]
+    expected = [engine.generate(p, max_tokens=9, seed=3).result() for p in prompts]
+    answers = [engine.generate(p, max_tokens=9, seed=3) for p in prompts]
+    seen = [[], []]
+    assert not engine.idle
+    while not engine.idle:
+        engine.step()
+        for events, answer in zip(seen, answers, strict=True):
+            events += answer.pending()
+    assert all(answer.done for answer in answers)
+    assert [collect(events).text for events in seen] == [one.text for one in expected]
+    assert [collect(events).token_ids for events in seen] == [list(o.token_ids) for o in expected]
 
 
 def test_cancel(engine):
