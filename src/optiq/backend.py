@@ -12,7 +12,7 @@ from optiq.errors import EngineFailure
 
 import mlx.core as mx  # isort: skip  after the BLAS, on purpose
 import mlx.nn as nn  # isort: skip
-from mlx.utils import tree_flatten  # isort: skip
+from mlx.utils import tree_flatten, tree_unflatten  # isort: skip
 
 __all__ = [
     "BLAS",
@@ -21,12 +21,14 @@ __all__ = [
     "device_name",
     "gflops",
     "is_cpu",
+    "is_cuda",
     "load_arrays",
     "memory_bytes",
     "mx",
     "nn",
     "save_arrays",
     "tree_flatten",
+    "tree_unflatten",
 ]
 
 BLAS = blas.NAME
@@ -35,6 +37,11 @@ BLAS = blas.NAME
 def is_cpu() -> bool:
     """Whether MLX computes on the CPU."""
     return bool(mx.default_device() == mx.Device(mx.cpu))
+
+
+def is_cuda() -> bool:
+    """Whether MLX computes on an NVIDIA GPU."""
+    return not is_cpu() and bool(mx.cuda.is_available())
 
 
 def compute_dtype(source: mx.Dtype) -> mx.Dtype:

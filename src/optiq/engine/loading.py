@@ -6,8 +6,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from optiq.backend import is_cpu, memory_bytes, mx, nn, tree_flatten
+from optiq.backend import is_cpu, is_cuda, memory_bytes, mx, nn, tree_flatten
 from optiq.configs import parse_size
+from optiq.engine.packed_linear import with_packed_linears
 from optiq.engine.target import Gemma4Target, Target, TreeTarget, vocabulary_of
 from optiq.errors import UsageError
 from optiq.events import Emit, Notice, no_emit
@@ -46,7 +47,8 @@ def open_target(
 ) -> Opened:
     """The model of a directory, source or artifact.
 
-    On the CPU its weights are dense float32 where they fit, else packed with float32 scales.
+    On the CPU its weights are dense float32 where they fit, else packed with float32 scales. On
+    CUDA its quantized layers are those of `packed_linear`.
 
     Args:
         path: the directory.
@@ -78,7 +80,7 @@ def _resident(tree: nn.Module, path: Path, limit: int, emit: Emit) -> nn.Module:
     dense = _FLOAT32 * _num_weights(tree)
     if not is_cpu():
         _check(_bytes(tree), path, limit)
-        return tree
+        return with_packed_linears(tree) if is_cuda() else tree
     if dense <= limit:
         emit(Notice(f"weights are dense float32, {dense / 1e9:.2f} GB"))
         return dense_float32(tree)
