@@ -1,8 +1,8 @@
 """Quantized linear layers for CUDA, where the kernels of MLX suit few shapes.
 
 `quantized_matmul` takes a time that grows with the batch when it is given (B, 1, K), and needs more
-for two to seven rows than for eight. From some hundred rows on, to unpack the weights for a dense product
-is faster. On Metal and the CPU nothing of this holds, and the layers stay as they are.
+for two to seven rows than for eight. For some hundred rows it is faster to unpack the weights and
+multiply densely. On Metal and the CPU nothing of this holds, and the layers stay as they are.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def product(layer: Any, x: mx.array) -> mx.array:  # noqa: ANN401  a quantized m
 
     Cost: for the dense product, the unpacked weights for as long as it takes.
 
-    Reference: the limits come from times measured on an H200 (docs/log.md); padding moves the output by up to 0.5%
-    in bf16, because another kernel runs.
+    Reference: the limits come from times measured on an H200 (docs/log.md). Padding moves the
+    output by up to 0.5% in bf16, because another kernel runs.
     """
     rows = x.size // x.shape[-1]
     folded = x.reshape(rows, x.shape[-1])
