@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, cast
 
 from mlx_lm import stream_generate
-from mlx_lm.generate import BatchGenerator, TextStateMachine, make_text_state_machine
 from mlx_lm.models.cache import (
     ArraysCache,
     CacheList,
@@ -19,13 +18,7 @@ from mlx_lm.models.cache import (
     make_prompt_cache,
 )
 from mlx_lm.models.switch_layers import SwitchLinear
-from mlx_lm.sample_utils import (
-    apply_min_p,
-    apply_top_k,
-    apply_top_p,
-    make_repetition_penalty,
-    make_sampler,
-)
+from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import (
     _get_classes,
@@ -42,16 +35,11 @@ _MAX_BLOCKS = 10_000  # a tree of more takes minutes and gigabytes, and no model
 
 __all__ = [
     "ArraysCache",
-    "BatchGenerator",
     "CacheList",
     "KVCache",
     "RotatingKVCache",
     "SwitchLinear",
-    "TextStateMachine",
     "TokenizerWrapper",
-    "apply_min_p",
-    "apply_top_k",
-    "apply_top_p",
     "build_model",
     "dense_float32",
     "generate_text",
@@ -59,8 +47,6 @@ __all__ = [
     "load_config",
     "load_quantized",
     "make_prompt_cache",
-    "make_repetition_penalty",
-    "make_text_state_machine",
     "tokenizer_of",
 ]
 

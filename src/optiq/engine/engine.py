@@ -57,6 +57,7 @@ class EngineOptions:
         position_base: of a Gemma-4 drafter, see `families.gemma4_assistant.Drafting`.
         sliding_keys: of a Gemma-4 drafter, see there.
         limits: of a step.
+        tokenizer: directory of the tokenizer, where it is not the model's.
     """
 
     memory_limit: str | None = None
@@ -65,6 +66,7 @@ class EngineOptions:
     position_base: int = 1
     sliding_keys: int | None = None
     limits: Limits = Limits()
+    tokenizer: Path | None = None
 
     def __post_init__(self) -> None:
         """Refuse a number of drafts that no round can have."""
@@ -196,7 +198,9 @@ class Engine:
         self._options = options or EngineOptions()
         self._target = opened.target
         self.config, self.dtype = opened.config, opened.dtype
-        self.tokenizer: TokenizerWrapper = load_tokenizer(folder, opened.config)
+        self.tokenizer: TokenizerWrapper = load_tokenizer(
+            self._options.tokenizer or folder, opened.config
+        )
         self.context = context_length(opened.config)
         self.prompts = Prompts(folder, opened.config, self.tokenizer)
         self._defaults = read_generation(folder)

@@ -27,12 +27,14 @@ class Opened:
 
     Attributes:
         target: the model.
+        tree: its modules.
         config: its config.json.
         dtype: of its activations.
         size_bytes: of its weights in memory.
     """
 
     target: Target
+    tree: nn.Module
     config: dict[str, Any]
     dtype: mx.Dtype
     size_bytes: int
@@ -72,7 +74,7 @@ def open_target(
         target = TreeTarget(tree, vocabulary_of(config))
     target.make_cache()  # a kind that is not known is refused now
     mx.eval(tree.parameters())
-    return Opened(target, config, _dtype(tree), _bytes(tree))
+    return Opened(target, tree, config, _dtype(tree), _bytes(tree))
 
 
 def _resident(tree: nn.Module, path: Path, limit: int, emit: Emit) -> nn.Module:

@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from optiq.artifacts import BitPlan, SubjectInfo
-from optiq.backend import is_cpu, mx, nn
+from optiq.backend import mx
 from optiq.configs import EvalConfig
 from optiq.data.calibration import needs_bos
 from optiq.data.chat import offers_tools, question
+from optiq.engine.engine import Engine, EngineOptions, Generation
+from optiq.engine.loading import Opened, open_target
+from optiq.engine.messages import ChatOptions, Prompter
+from optiq.engine.sampling import Sampling
+from optiq.engine.scheduler import Limits
+from optiq.engine.tools import call_format
 from optiq.errors import EngineFailure, UsageError
 from optiq.evals.loops import ends_in_loop
 from optiq.evals.subjects.base import Answer, Ask
-from optiq.evals.subjects.decoding import Job, Written, write
 from optiq.evals.subjects.likelihood import ChoiceTokens, Likelihoods
-from optiq.evals.subjects.outputs import parts
-from optiq.evals.subjects.sampling import Sampling, sampling_of
-from optiq.evals.task import Chat, Choice, Continuation, Prompt, Response
+from optiq.evals.task import Chat, Choice, Continuation, Prompt, Response, ToolCall
+from optiq.models.generation import read_generation
 from optiq.models.load import (
+    context_length,
     load_tokenizer,
     open_quantized,
     read_config,
@@ -33,21 +37,33 @@ from optiq.models.load import (
     stored_bpw,
 )
 from optiq.models.safetensors_io import fingerprint
-from optiq.upstream import dense_float32, load_quantized, make_prompt_cache
+from optiq.upstream import make_prompt_cache
 
 _WAVE_BATCHES = 4
 _PROBE_TOKENS = 256
 _LONG_PROBE_TOKENS = 1024
 _PROBE_STEPS = 8
+_GREEDY: dict[str, Any] = {
+    "temperature": 0,
+    "top_p": 1,
+    "top_k": 0,
+    "min_p": 0,
+    "repetition_penalty": 1,
+}
+_SAMPLING: dict[str, float] = {
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+}
 
 
 class LocalModel:
-    """A model directory in this process; weights are loaded when they are first needed.
-
-    On the CPU the weights are unpacked to float32 once: four bytes a weight of memory.
+    """A model directory in the engine; weights are loaded when they are first needed.
 
     Args:
-        model_dir: a directory that mlx-lm can load.
+        model_dir: a model directory.
         config: batch size, sampling, thinking.
         tokenizer_dir: where the tokenizer lies, if not in `model_dir`.
         share_prefix: compute the KV cache of what questions have in common once.
@@ -67,9 +83,9 @@ class LocalModel:
         self._path, self._options, self._share = model_dir, config, share_prefix
         self._config = read_config(model_dir)
         self._tokenizer = load_tokenizer(tokenizer_dir or model_dir, self._config)
-        self._sampling: Sampling | None = None
-        if config.sampling == "model":
-            self._sampling = sampling_of(model_dir)
+        self._tokenizer_dir = tokenizer_dir
+        self._sampling = _sampling_of(model_dir) if config.sampling == "model" else None
+        self._prompter = Prompter(self._tokenizer, self._config)
         bos = self._tokenizer.bos_token_id
         self._bos: tuple[int, ...] = (bos,) if needs_bos(self._tokenizer, self._config) else ()
 
@@ -90,7 +106,7 @@ class LocalModel:
             template=_short_hash(template) if template else None,
             stop=tuple(tokenizer.convert_ids_to_tokens(sorted(tokenizer.eos_token_ids))),
             thinking="on" if self._options.thinking else "off",
-            sampling=str(self._sampling) if self._sampling else "greedy",
+            sampling=self._sampling or "greedy",
             batch_size=self._options.batch_size,
         )
 
@@ -109,13 +125,8 @@ class LocalModel:
 
     @property
     def context(self) -> int | None:
-        """`max_position_embeddings` of the config."""
-        text = self._config.get("text_config")
-        for part in (text if isinstance(text, dict) else {}, self._config):
-            value = part.get("max_position_embeddings")
-            if isinstance(value, int) and value > 0:
-                return value
-        return None
+        """Tokens of prompt and answer at most; None where the config does not say."""
+        return context_length(self._config)
 
     @property
     def wave(self) -> int:
@@ -163,15 +174,7 @@ class LocalModel:
                 )
             yield index, Answer(Response("", logprobs=values))
         others = [i for i, prompt in enumerate(prompts) if not isinstance(prompt, Choice)]
-        if not others:
-            return
-        jobs = [self._job(asks[i]) for i in others]
-        written = write(
-            self._model, self._tokenizer, jobs, self._options.batch_size, self._sampling
-        )
-        for number, result in written:
-            index = others[number]
-            yield index, self._read(prompts[index], jobs[number], result)
+        yield from self._written({i: asks[i] for i in others})
 
     def seconds(self, asks: Sequence[Ask]) -> float:
         """Time the questions take if every answer is as long as it may be, from a short probe.
@@ -203,9 +206,9 @@ class LocalModel:
         ids = (self._tokenizer.encode("a b c d e f g h", add_special_tokens=False) * count)[:count]
         seconds = 0.0
         for tokens in (ids[:2], ids):
-            cache = make_prompt_cache(self._model)
+            cache = make_prompt_cache(self._opened.tree)
             start = time.perf_counter()
-            self._model(mx.array([tokens]), cache=cache)
+            self._opened.tree(mx.array([tokens]), cache=cache)
             mx.eval([layer.state for layer in cache])  # without the head, as prompts are read
             seconds = time.perf_counter() - start
         return seconds
@@ -213,30 +216,31 @@ class LocalModel:
     @functools.cached_property
     def _decode_tps(self) -> float:
         """Tokens a second of a full batch."""
-        ids = tuple(self._tokenizer.encode("a b", add_special_tokens=False))
-        batch = self._options.batch_size
-        jobs = [Job(ids, _PROBE_STEPS) for _ in range(batch)]
+        prompt = Continuation("a b", _PROBE_STEPS)
+        asks = dict.fromkeys(range(self._options.batch_size), Ask(prompt))
         start = time.perf_counter()
-        written = [w.num_tokens for _, w in write(self._model, self._tokenizer, jobs, batch, None)]
-        return sum(written) / (time.perf_counter() - start)
+        responses = [answer.response for _, answer in self._written(asks)]
+        tokens = sum(response.num_tokens for response in responses if response)
+        return tokens / (time.perf_counter() - start)
 
     @functools.cached_property
-    def _model(self) -> nn.Module:
+    def _opened(self) -> Opened:
         try:
-            model, _ = load_quantized(self._path)
-            if is_cpu():
-                model = dense_float32(model)
-            mx.eval(model.parameters())
+            return open_target(self._path)
         except (ValueError, KeyError, TypeError, FileNotFoundError, RuntimeError) as error:
             reason = str(error).strip().split("\n", maxsplit=1)[0]
-            raise UsageError(
-                f"mlx-lm cannot load {self._path}: {reason}; convert it again"
-            ) from None
-        return model
+            raise UsageError(f"{self._path} cannot be loaded: {reason}; convert it again") from None
+
+    @functools.cached_property
+    def _engine(self) -> Engine:
+        options = EngineOptions(
+            limits=Limits(running=self._options.batch_size), tokenizer=self._tokenizer_dir
+        )
+        return Engine(self._path, self._opened, options=options)
 
     @functools.cached_property
     def _likelihood(self) -> Likelihoods:
-        return Likelihoods(self._model, self._options.batch_size)
+        return Likelihoods(self._opened.tree, self._options.batch_size)
 
     def _likelihoods(self, questions: Sequence[ChoiceTokens]) -> list[tuple[float, ...]]:
         return self._likelihood(questions) if questions else []
@@ -290,33 +294,76 @@ class LocalModel:
 
     def _ids(self, prompt: Chat | Continuation) -> tuple[int, ...]:
         if isinstance(prompt, Continuation):
-            return self._encoded(prompt.text)
-        messages = [dict(message) for message in prompt.messages]
-        tools = [dict(tool) for tool in prompt.tools]
-        thinking = self._options.thinking if prompt.thinking is None else prompt.thinking
-        return self._encoded(question(self._tokenizer, messages, tools, thinking=thinking))
+            return self._prompter.raw(prompt.text).ids
+        options = ChatOptions(prompt.tools, self._thinks(prompt))
+        return self._prompter.chat(prompt.messages, options).ids
 
-    def _job(self, ask: Ask) -> Job:
+    def _thinks(self, prompt: Chat) -> bool:
+        return self._options.thinking if prompt.thinking is None else prompt.thinking
+
+    def _written(self, asks: Mapping[int, Ask]) -> Iterator[tuple[int, Answer]]:
+        """Answers of the model as they end, `batch_size` at a time."""
+        writing: dict[int, Generation] = {}
+        for index, ask in asks.items():
+            try:
+                writing[index] = self._begun(ask)
+            except UsageError as error:
+                yield index, Answer(None, failure=str(error))
+        while writing:
+            self._engine.step()
+            for index in [i for i, answer in writing.items() if answer.done]:
+                yield index, self._read(asks[index].prompt, writing.pop(index))
+
+    def _begun(self, ask: Ask) -> Generation:
         prompt = ask.prompt
         assert not isinstance(prompt, Choice)
-        ids = self._ids(prompt)
-        room = prompt.max_tokens if self.context is None else max(1, self.context - len(ids))
-        stop = prompt.stop if isinstance(prompt, Continuation) else ()
-        return Job(ids, min(prompt.max_tokens, room), stop, ask.key)
-
-    def _read(self, prompt: Prompt, job: Job, written: Written) -> Answer:
-        """An answer without its reasoning, its native calls parsed."""
-        looped = ends_in_loop(written.text)
-        if not isinstance(prompt, Chat):
-            response = Response(
-                written.text, num_tokens=written.num_tokens, truncated=written.truncated
-            )
-            return Answer(response, looped=looped)
-        response, reasoning = parts(self._tokenizer, job.prompt, written.text, prompt.tools)
-        response = dataclasses.replace(
-            response, num_tokens=written.num_tokens, truncated=written.truncated
+        settings: dict[str, Any] = {"max_tokens": prompt.max_tokens, "seed": ask.key}
+        settings |= {} if self._sampling else _GREEDY
+        if isinstance(prompt, Continuation):
+            return self._engine.generate(prompt.text, stop=prompt.stop, **settings)
+        return self._engine.generate(
+            prompt.messages, tools=prompt.tools, thinking=self._thinks(prompt), **settings
         )
-        return Answer(response, reasoning, looped)
+
+    def _read(self, prompt: Prompt, generation: Generation) -> Answer:
+        """An answer without its reasoning, its native calls parsed."""
+        result = generation.result()
+        tools = isinstance(prompt, Chat) and bool(prompt.tools) and self._has_calls
+        calls = [ToolCall(call.name, call.data()) for call in result.tool_calls]
+        response = Response(
+            result.text.strip() if tools or result.reasoning else result.text,
+            tuple(calls) if tools else None,
+            num_tokens=result.usage.completion_tokens,
+            truncated=result.finish_reason == "length",
+        )
+        return Answer(response, result.reasoning, ends_in_loop(result.reasoning + result.text))
+
+    @functools.cached_property
+    def _has_calls(self) -> bool:
+        """Whether the format of its calls is known."""
+        return call_format(self._tokenizer) is not None
+
+
+def _sampling_of(model_dir: Path) -> str:
+    """The checkpoint's own sampling in words, such as `temperature 0.7, top_p 0.9`.
+
+    Raises:
+        UsageError: if it says nothing of it, says greedy, or holds values that cannot be used.
+    """
+    defaults = read_generation(model_dir)
+    given = {name: getattr(defaults, name) for name in _SAMPLING}
+    if set(given.values()) == {None} or given["temperature"] == 0:
+        raise UsageError(
+            f"{model_dir} says nothing of sampling in generation_config.json; leave out "
+            f"--sampling model for greedy answers"
+        )
+    Sampling.of(defaults)
+    told = {name: value if value is not None else _SAMPLING[name] for name, value in given.items()}
+    return ", ".join(
+        f"{name} {value:g}"
+        for name, value in told.items()
+        if name == "temperature" or value != _SAMPLING[name]
+    )
 
 
 def _short_hash(template: Any) -> str:  # noqa: ANN401  a text, or texts by name
