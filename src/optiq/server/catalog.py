@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -72,6 +72,11 @@ class Catalog:
                 )
         names = [entry.name for entry in entries]
         return cls(tuple(entries), dict(_alias(text, names) for text in aliases))
+
+    def only(self, names: Collection[str]) -> Catalog:
+        """The models of these names, and their aliases."""
+        aliases = {alias: name for alias, name in self.aliases.items() if name in names}
+        return Catalog(tuple(one for one in self.entries if one.name in names), aliases)
 
     def resolve(self, name: str | None) -> str:
         """Name of the model that a request means; None and `default_model` mean the first.

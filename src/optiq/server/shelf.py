@@ -66,6 +66,9 @@ class Shelf:
         emit: receives notices.
         loading: is called with a name before that model is loaded.
 
+    Attributes:
+        num_changes: how often a model was loaded or unloaded.
+
     Raises:
         UsageError: if an entry that the user named is no model, or an option is wrong.
     """
@@ -88,6 +91,7 @@ class Shelf:
         if not self._entries:
             raise UsageError("none of the directories is a model that can be served; see above")
         self._loaded: dict[str, Loaded] = {}
+        self.num_changes = 0
 
     def _add(self, entry: Entry) -> None:
         try:
@@ -185,11 +189,13 @@ class Shelf:
             max(len(piece.encode()) for piece in vocabulary),
             max(0, mx.get_active_memory() - before),
         )
-        self._loaded[entry.name] = loaded
+        self._loaded[name] = loaded
+        self.num_changes += 1
         return loaded
 
     def _unload(self, loaded: Loaded) -> None:
         del self._loaded[loaded.name]
+        self.num_changes += 1
         del loaded.engine  # whoever else has the record must not keep the weights
         gc.collect()
         mx.clear_cache()

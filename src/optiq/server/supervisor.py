@@ -17,7 +17,7 @@ from optiq.errors import EngineFailure, OptiqError, RequestRejected, UsageError
 from optiq.events import Emit, Notice, no_emit
 from optiq.server import messages
 from optiq.server.answers import Answer, Outcome
-from optiq.server.catalog import Catalog, not_served
+from optiq.server.catalog import Catalog
 from optiq.server.child import COMMAND, Child
 from optiq.server.counts import Counts, Snapshot
 from optiq.server.jobs import (
@@ -135,11 +135,7 @@ class Supervisor:
         Raises:
             RequestRejected: 404, if there is none of that name.
         """
-        found = self._catalog.resolve(name)
-        names = [card.name for card in self._cards]
-        if names and found not in names:
-            raise not_served(found, names)
-        return found
+        return self._catalog.resolve(name)
 
     def submit(self, job: GenerateJob) -> Answer:
         """Begin a job; it is queued when this returns.
@@ -357,6 +353,7 @@ class Supervisor:
                     self._counts.load(load)
             case Models(cards):
                 self._cards, self._loading, self._state = cards, None, "ready"
+                self._catalog = self._catalog.only({card.name for card in cards})
                 if not started.done():
                     started.set_result(None)
             case Loading(model):

@@ -90,7 +90,7 @@ class Worker:
         self._tasks: dict[int, Task] = {}
         self._parts: list[Part] = []
         self._meter = _Meter()
-        self._cards = shelf.cards()
+        self._num_changes = 0
 
     def ready(self) -> None:
         """Load the default model, and say that jobs can come.
@@ -99,8 +99,7 @@ class Worker:
             OptiqError: if it cannot be loaded.
         """
         self._shelf.load(self._shelf.default)
-        self._cards = self._shelf.cards()
-        self._send(Models(self._cards))
+        self._tell_models()
 
     def turn(self) -> None:
         """Take what has come, run one step of every model, report."""
@@ -190,14 +189,16 @@ class Worker:
                     self._drop(task)
 
     def _report(self) -> None:
-        cards = self._shelf.cards()
-        if cards != self._cards:
-            self._cards = cards
-            self._send(Models(cards))
+        if self._shelf.num_changes != self._num_changes:
+            self._tell_models()
         load = self._meter.due(at_once=not self._tasks)
         if self._parts or load is not None:
             self._send(Report(tuple(self._parts), load))
             self._parts.clear()
+
+    def _tell_models(self) -> None:
+        self._num_changes = self._shelf.num_changes
+        self._send(Models(self._shelf.cards()))
 
 
 class _Meter:
