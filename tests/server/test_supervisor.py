@@ -20,7 +20,6 @@ from optiq.server.catalog import Catalog
 from optiq.server.jobs import (
     CountJob,
     DetokenizeJob,
-    EmbedJob,
     GenerateJob,
     Said,
     Started,
@@ -488,11 +487,3 @@ def test_http_side_does_without_mlx():
     program = "import sys, optiq.server.supervisor; print(any(m == 'mlx' for m in sys.modules))"
     out = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
     assert out.stdout.strip() == b"False"
-
-
-def test_embedding_is_one_job(engine, runner):
-    if not hasattr(optiq.engine.engine.Engine, "embed"):
-        with pytest.raises(RequestRejected):
-            runner.run(engine.embed(EmbedJob("llama", ("a", "b"))))
-        return
-    assert len(runner.run(engine.embed(EmbedJob("llama", ("a", "b")))).vectors) == 2

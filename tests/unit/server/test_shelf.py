@@ -9,6 +9,7 @@ from optiq.events import no_emit
 from optiq.server.catalog import Catalog
 from optiq.server.messages import WorkerOptions
 from optiq.server.shelf import Shelf
+from tests.gemma4 import ASSISTANT, TARGET
 from tests.tiny import tiny_checkpoint
 
 FAMILIES = ("llama", "qwen2", "qwen3")
@@ -133,8 +134,9 @@ def test_weights_that_are_damaged_later_are_no_fault_of_the_request(tmp_path):
     (folder / "model.safetensors").write_bytes(b"nothing")
     with pytest.raises(UsageError, match="loaded"):
         found.load("llama")
-    with pytest.raises(EngineFailure, match="loaded"):
+    with pytest.raises(EngineFailure, match="loaded") as caught:
         found.use("llama")
+    assert str(tmp_path) not in str(caught.value)
     assert not found.loaded
 
 
@@ -154,7 +156,20 @@ def test_a_wrong_option_is_named(folder):
 
 
 def test_a_drafter_that_is_none_is_refused(folder, tmp_path):
-    entries = Catalog.of([folder / "llama"], drafter=str(tmp_path / "no-drafter")).entries
-    found = Shelf(entries, WorkerOptions(), no_emit, lambda name: None)
+    entries = Catalog.of([folder / "llama"], drafter=str(tmp_path / "nothing")).entries
     with pytest.raises(UsageError, match="drafter"):
+        Shelf(entries, WorkerOptions(), no_emit, lambda name: None)
+
+
+def test_a_drafter_of_another_model_is_refused(folder):
+    entries = Catalog.of([folder / "llama"], drafter=str(ASSISTANT)).entries
+    found = Shelf(entries, WorkerOptions(), no_emit, lambda name: None)
+    with pytest.raises(UsageError, match="drafter|assistant"):
         found.load("llama")
+
+
+def test_card_of_a_model_that_can_do_everything():
+    entries = Catalog.of([TARGET], drafter=str(ASSISTANT)).entries
+    (card,) = Shelf(entries, WorkerOptions(), no_emit, lambda name: None).cards()
+    assert (card.vision, card.tools, card.thinking, card.chat) == (True,) * 4
+    assert card.drafter == "gemma4_assistant"

@@ -1,8 +1,10 @@
 """The turns of the engine process, in this process."""
 
+import io
 import queue
 
 import pytest
+from PIL import Image
 
 from optiq.engine.events import Finished
 from optiq.engine.scheduler import Limits
@@ -24,6 +26,7 @@ from optiq.server.jobs import (
 from optiq.server.messages import Begin, Cancel, Models, Report, WorkerOptions
 from optiq.server.shelf import Shelf
 from optiq.server.worker import Worker
+from tests.gemma4 import TARGET
 from tests.tiny import tiny_checkpoint
 
 END = 258
@@ -236,6 +239,22 @@ def test_texts_are_embedded_one_between_two_steps(bench):
     assert len(bench.parts(0)) - before >= 3
     assert loaded.engine.asked == [(["a"], 2), ([(1, 2)], 2), (["c"], 2)]
     assert bench.replies(1) == [Embedded(((1.0, 0.0),) * 3, 9)]
+
+
+def test_a_picture_comes_as_bytes():
+    bench = Bench(TARGET)
+    data = io.BytesIO()
+    Image.new("RGB", (96, 96), "red").save(data, "PNG")
+    content = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
+    asked = ({"role": "user", "content": content},)
+    bench.put(0, GenerateJob("target", asked, (data.getvalue(),), sampling={"max_tokens": 2}))
+    bench.put(1, CountJob(GenerateJob("target", asked, (data.getvalue(),))))
+    bench.put(2, GenerateJob("target", asked, (b"no picture",)))
+    bench.run(0, 1)
+    counted = bench.replies(1)[0]
+    assert bench.replies(0)[0] == Started(counted.num_tokens)
+    assert counted.num_tokens > 20
+    assert "is no image" in str(bench.error(2))
 
 
 @pytest.mark.parametrize(
