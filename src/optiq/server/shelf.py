@@ -179,6 +179,7 @@ class Shelf:
         """
         entry = self._entries[name]
         self._loading(name)
+        gc.collect()  # what is given back meanwhile would be taken off
         before = mx.get_active_memory()
         engine = load(entry.folder, entry.drafter, self._engine_options, self._emit)
         if self._options.max_context is not None:
