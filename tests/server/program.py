@@ -1,30 +1,23 @@
-"""A server with a scripted engine as a program: `python -m tests.server.program SCRIPT PORT DRAIN`.
+"""A server with a scripted engine as a program: `python -m tests.server.program SCRIPT DRAIN`.
 
-Scripts: `quick`; `slow`, which writes a word and then nothing for a minute; `wait`, which says the
-rest when the server is told to stop; `broken`, which cannot be loaded.
+Scripts: `slow`, which writes a word and then nothing for a minute; `wait`, which says the rest when
+the server is told to stop.
 """
 
 import asyncio
-import signal
 import sys
 
 from optiq.configs import ServeConfig
-from optiq.errors import EngineFailure, OptiqError, UsageError
 from optiq.server import app, life
 from optiq.server.jobs import Started
 from tests.server import echo
-from tests.server.fake import DEFAULT, FakeService, FakeStream, ended, said
+from tests.server.fake import FakeService, FakeStream, ended, said
 
 
 class Engine(FakeService):
-    """Starts as its script says, and can begin to write when it is drained."""
+    """Can begin to write when it is drained."""
 
-    async def start(self):
-        if self.kind in {"usage", "failure"}:
-            await asyncio.sleep(0.2)
-            raise (
-                UsageError("no such model") if self.kind == "usage" else EngineFailure("no memory")
-            )
+    kind = ""
 
     def submit(self, job):
         stream = super().submit(job)
@@ -55,18 +48,16 @@ class Waiting(FakeStream):
 
 
 def main():
-    kind, port, drain = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
-    script = (Started(1), *said("first"), 60.0, *said("late"), ended())
-    engine = Engine(script if kind == "slow" else DEFAULT)
+    kind, drain = sys.argv[1], float(sys.argv[2])
+    engine = Engine((Started(1), *said("first"), 60.0, *said("late"), ended()))
     engine.kind = kind
     app.ROUTERS = (*app.ROUTERS, echo.router)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a test may be started without one
-    try:
-        config = ServeConfig(port=port, drain=drain)
-        return life.serve(engine, config, lambda url: print(url, flush=True))
-    except OptiqError as error:
-        print(error, file=sys.stderr)
-        return error.exit_status
+    return life.serve(engine, ServeConfig(port=0, drain=drain), announce)
+
+
+def announce(url):
+    sys.stdout.write(f"{url}\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":
