@@ -3,6 +3,7 @@
 OptiqError
 ├── UsageError           wrong flag, file or value given by the user                  exit 2
 │   ├── UnsupportedModel     a source optiq cannot read, named                        exit 2
+│   ├── ContextExceeded      a prompt longer than the context of the model            exit 2
 │   ├── BudgetInfeasible     no plan fits; carries the smallest feasible size         exit 2
 │   └── ArtifactMismatch     an artifact of another source, rounding or newer schema  exit 2
 ├── RequestRejected      a request refused by the server; carries the HTTP status
@@ -31,6 +32,10 @@ class UsageError(OptiqError):
 
 class UnsupportedModel(UsageError):
     """The source is of a kind that optiq cannot read or measure."""
+
+
+class ContextExceeded(UsageError):
+    """The prompt is longer than what the model can read."""
 
 
 class BudgetInfeasible(UsageError):

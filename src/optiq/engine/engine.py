@@ -33,7 +33,7 @@ from optiq.engine.sampling import Sampling
 from optiq.engine.scheduler import Limits
 from optiq.engine.sequence import SequenceState
 from optiq.engine.target import as_row
-from optiq.errors import EngineFailure, OptiqError, UsageError
+from optiq.errors import ContextExceeded, EngineFailure, OptiqError, UsageError
 from optiq.events import Emit, no_emit
 from optiq.models.families.gemma4 import ImageMask, chunks
 from optiq.models.generation import read_generation
@@ -131,6 +131,11 @@ class Generation:
         events = self._engine._pending(self._sequence)  # noqa: SLF001
         self._seen += events
         return events
+
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        """Tokens of the prompt, one for each soft token of an image."""
+        return self._sequence.request.tokens
 
     @property
     def done(self) -> bool:
@@ -284,7 +289,7 @@ class Engine:
         """Most tokens of the answer."""
         room = (self.context or _NO_CONTEXT) - len(prompt.tokens)
         if room < 1:
-            raise UsageError(
+            raise ContextExceeded(
                 f"the prompt has {len(prompt.tokens)} tokens, and the context of the model is "
                 f"{self.context}; shorten it"
             )
@@ -301,6 +306,11 @@ class Engine:
             if sequence.error is not None:
                 raise _failure(sequence)
             return None
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids."""
+        return self._target.vocab_size
 
     @property
     def idle(self) -> bool:

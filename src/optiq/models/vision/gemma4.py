@@ -23,7 +23,7 @@ from optiq.models.vision.patches import Detail, Patches, PatchRule
 from optiq.models.vision.pictures import open_picture
 from optiq.models.vision.sidecar import read_sidecar
 
-Picture = Image.Image | Path | str | tuple[Any, Any]
+Picture = Image.Image | Path | str | bytes | tuple[Any, Any]
 """A picture, the path of one, or its patches and positions."""
 
 _NORM_EPS = 1e-5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import struct
 import warnings
@@ -31,13 +32,13 @@ _WHITE = (255, 255, 255, 255)
 _DEEP = frozenset({"I;16", "I;16L", "I;16B", "I;16N", "I", "F"})
 
 
-def open_picture(source: Image.Image | Path | str) -> Image.Image:
+def open_picture(source: Image.Image | Path | str | bytes) -> Image.Image:
     """A picture as it is to be looked at: upright, 8-bit RGB, on white where it is transparent.
 
     Of an animation the first frame is taken.
 
     Args:
-        source: a file, or a picture of Pillow, which is left alone.
+        source: a file, its bytes, or a picture of Pillow, which is left alone.
 
     Raises:
         UsageError: if there is no such file, it is no picture, is damaged or empty, or has more
@@ -50,7 +51,10 @@ def open_picture(source: Image.Image | Path | str) -> Image.Image:
         warnings.simplefilter("ignore")
         if isinstance(source, Image.Image):
             return _upright_rgb(source, "the picture")
-        return _opened(_file(source))
+        if isinstance(source, bytes):
+            return _opened(io.BytesIO(source), "the picture")
+        path = _file(source)
+        return _opened(path, str(path))
 
 
 def _file(source: Path | str) -> Path:
@@ -71,20 +75,20 @@ def _file(source: Path | str) -> Path:
     return path
 
 
-def _opened(path: Path) -> Image.Image:
+def _opened(file: Path | io.BytesIO, name: str) -> Image.Image:
     Image.init()
     readable = [name for name in _FORMATS if name in Image.OPEN]  # a Pillow may lack a library
     try:
-        with Image.open(path, formats=readable) as picture:
-            return _upright_rgb(picture, str(path))
+        with Image.open(file, formats=readable) as picture:
+            return _upright_rgb(picture, name)
     except UnidentifiedImageError:
         raise UsageError(
-            f"{path} is no image that optiq reads; give a PNG, JPEG, WebP, GIF, BMP or TIFF"
+            f"{name} is no image that optiq reads; give a PNG, JPEG, WebP, GIF, BMP or TIFF"
         ) from None
     except Image.DecompressionBombError:
-        raise _too_large(str(path), "far more than") from None
+        raise _too_large(name, "far more than") from None
     except _DAMAGE as error:
-        raise _damaged(str(path), error) from None
+        raise _damaged(name, error) from None
 
 
 def _too_large(name: str, size: str) -> UsageError:
