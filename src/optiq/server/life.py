@@ -17,16 +17,58 @@ from typing import Final
 
 import uvicorn
 
-from optiq.configs import ServeConfig
+from optiq.configs import ServeConfig, parse_size
+from optiq.engine.scheduler import Limits
 from optiq.errors import UsageError
+from optiq.events import Event, Notice
 from optiq.server.access import LogFormatter
 from optiq.server.app import App, create_app
+from optiq.server.catalog import Catalog
+from optiq.server.messages import WorkerOptions
 from optiq.server.service import Managed
+from optiq.server.supervisor import Supervisor, SupervisorOptions
 
 EXIT_INTERRUPTED: Final = 130
 
 _FLUSH_S: Final = 5
 _KEEP_ALIVE_S: Final = 30
+
+
+def run(config: ServeConfig, announce: Callable[[str], None]) -> int:
+    """Serve models until a signal says to stop; see `serve`.
+
+    Raises:
+        UsageError: if a model cannot be served, or as `serve` does.
+        EngineFailure: if the engine cannot start.
+    """
+    catalog = Catalog.of(config.model, config.alias, config.drafter)
+    return serve(Supervisor(catalog, options_of(config), emit=_log_event), config, announce)
+
+
+def options_of(config: ServeConfig) -> SupervisorOptions:
+    """What the engine process and its supervisor are told."""
+    engine = {
+        "num_drafts": None if config.num_drafts == "auto" else int(config.num_drafts),
+        "kv_bits": None if config.kv_bits == "model" else int(config.kv_bits),
+        "prefix_memory": None if config.cache_limit is None else parse_size(config.cache_limit),
+    }
+    worker = WorkerOptions(
+        memory_limit=config.memory_limit,
+        max_context=config.max_context,
+        idle_unload_s=config.idle_unload,
+        limits=Limits(running=config.max_running),
+        engine={name: value for name, value in engine.items() if value is not None},
+    )
+    return SupervisorOptions(
+        worker=worker, max_queue=config.max_queue, request_timeout_s=config.request_timeout
+    )
+
+
+def _log_event(event: Event) -> None:
+    """Write what the engine process has to say into the log."""
+    if isinstance(event, Notice):
+        level = logging.WARNING if event.level == "warning" else logging.INFO
+        logging.getLogger("optiq.engine").log(level, "%s", event.text)
 
 
 def serve(service: Managed, config: ServeConfig, announce: Callable[[str], None]) -> int:
