@@ -4,7 +4,7 @@ import asyncio
 import dataclasses
 
 from optiq.engine.events import Finished, TextDelta, Usage
-from optiq.errors import EngineFailure, RequestRejected
+from optiq.errors import RequestRejected
 from optiq.server.jobs import (
     Counted,
     Detokenized,
@@ -51,37 +51,11 @@ def ended(reason="stop", choice=0, **rest):
 DEFAULT = (Started(3), *said("Hello"), *said(" world"), ended())
 
 
-@dataclasses.dataclass(frozen=True)
-class Figures:
-    """What the engine says of itself."""
-
-    queued: int = 0
-    running: int = 0
-    outcomes: dict = dataclasses.field(default_factory=dict)
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    cached_tokens: int = 0
-    drafted_tokens: int = 0
-    accepted_tokens: int = 0
-    restarts: int = 0
-    steps: int = 0
-    step_seconds: float = 0.0
-    active_memory_bytes: int = 0
-    loaded: tuple = ()
-
-
 class FakeStream:
-    """A stream of a script; a number in it is a pause, an exception is raised.
-
-    Attributes:
-        cancelled: whether somebody cancelled it.
-        ended: set when it is over.
-    """
+    """A stream of a script; a number in it is a pause, an exception is raised."""
 
     def __init__(self, script):
         self._script = iter(script)
-        self._closed = asyncio.Event()
-        self.ended = asyncio.Event()
         self.cancelled = False
 
     def __aiter__(self):
@@ -90,30 +64,16 @@ class FakeStream:
     async def __anext__(self):
         for step in self._script:
             if isinstance(step, Exception):
-                self.ended.set()
                 raise step
             if isinstance(step, int | float):
-                await self._pause(step)
+                await asyncio.sleep(step)
                 continue
             await asyncio.sleep(0)
             return step
-        self.ended.set()
         raise StopAsyncIteration
-
-    async def _pause(self, seconds):
-        try:
-            await asyncio.wait_for(self._closed.wait(), seconds)
-        except TimeoutError:
-            return
-        raise EngineFailure("the server is shutting down")
 
     def cancel(self):
         self.cancelled = True
-        self.ended.set()
-
-    def close(self):
-        """The engine goes away."""
-        self._closed.set()
 
 
 @dataclasses.dataclass
@@ -124,14 +84,12 @@ class FakeService:
         script: what every generation replies, or a function of the job that gives it.
         jobs: what it was asked, in order.
         streams: what it answered with.
-        not_ready: why it is not ready; "" if it is.
     """
 
     script: object = DEFAULT
     jobs: list = dataclasses.field(default_factory=list)
     streams: list = dataclasses.field(default_factory=list)
     cards: tuple = (CARD,)
-    not_ready: str = ""
 
     def models(self):
         return self.cards
@@ -168,25 +126,3 @@ class FakeService:
     async def detokenize(self, job):
         self.jobs.append(job)
         return Detokenized("Hi!")
-
-    def ready(self):
-        return not self.not_ready, self.not_ready
-
-    def snapshot(self):
-        return Figures(running=sum(not stream.ended.is_set() for stream in self.streams))
-
-    async def start(self):
-        pass
-
-    async def drain(self, seconds):
-        waiting = [asyncio.ensure_future(stream.ended.wait()) for stream in self.streams]
-        _, late = await asyncio.wait(waiting, timeout=seconds) if waiting else ((), ())
-        for task in late:
-            task.cancel()
-        for stream in self.streams:
-            stream.close()
-        return len(late)
-
-    async def close(self):
-        for stream in self.streams:
-            stream.close()

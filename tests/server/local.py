@@ -10,14 +10,14 @@ from optiq.configs import ServeConfig
 from optiq.server import life
 from optiq.server.app import create_app
 from tests.server import echo
-from tests.server.fake import FakeService
+from tests.server.managed import ManagedService
 
 WAIT_S = 60.0
 
 
 def app_of(service=None, **options):
     """The application of a scripted service, with the routes of `echo`."""
-    app = create_app(service or FakeService(), ServeConfig(**options))
+    app = create_app(service or ManagedService(), ServeConfig(**options))
     app.include_router(echo.router)
     return app
 

@@ -11,10 +11,11 @@ from optiq.configs import ServeConfig
 from optiq.server import app, life
 from optiq.server.jobs import Started
 from tests.server import echo
-from tests.server.fake import FakeService, FakeStream, ended, said
+from tests.server.fake import ended, said
+from tests.server.managed import ManagedService, ManagedStream
 
 
-class Engine(FakeService):
+class Engine(ManagedService):
     """Can begin to write when it is drained."""
 
     kind = ""
@@ -32,7 +33,7 @@ class Engine(FakeService):
         return await super().drain(seconds)
 
 
-class Waiting(FakeStream):
+class Waiting(ManagedStream):
     """Says its second word when the server is drained."""
 
     def __init__(self):

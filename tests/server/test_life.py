@@ -18,8 +18,8 @@ import pytest
 from optiq.configs import ServeConfig
 from optiq.errors import EngineFailure, UsageError
 from optiq.server import life
-from tests.server.fake import FakeService
 from tests.server.local import WAIT_S, until
+from tests.server.managed import ManagedService
 
 ROOT = Path(__file__).parents[2]
 
@@ -112,7 +112,7 @@ def own_log():
 def test_what_cannot_be_loaded_ends_the_server(error):
     closed = []
 
-    class Broken(FakeService):
+    class Broken(ManagedService):
         async def start(self):
             await asyncio.sleep(0.1)
             raise error
@@ -130,7 +130,7 @@ def test_what_cannot_be_loaded_ends_the_server(error):
 
 @pytest.mark.usefixtures("own_log")
 def test_a_signal_before_the_model_is_loaded_ends_the_server():
-    class Slow(FakeService):
+    class Slow(ManagedService):
         async def start(self):
             await asyncio.sleep(600)
 

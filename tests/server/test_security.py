@@ -10,8 +10,8 @@ import httpx
 import pytest
 
 from tests.server import local
-from tests.server.fake import FakeService
 from tests.server.local import app_of, listening, spoken, until
+from tests.server.managed import ManagedService
 from tests.unit.server.test_images import bomb
 
 MAX_BODY = 1_000_000
@@ -20,7 +20,7 @@ GIB = 2**30
 
 @pytest.fixture(scope="module")
 def service():
-    return FakeService()
+    return ManagedService()
 
 
 @pytest.fixture(scope="module")
@@ -230,7 +230,7 @@ def test_huge_headers(port):
 @pytest.mark.parametrize("body", [BODY, b'{"prompt": "x", "stream": true}'])
 def test_a_client_that_goes_away_is_noticed(body):
     """Streamed or not, and while nothing is written."""
-    slow = FakeService((60.0,))
+    slow = ManagedService((60.0,))
     with listening(app_of(slow)) as port:
         with socket.create_connection(("127.0.0.1", port), timeout=local.WAIT_S) as connection:
             connection.sendall(request(body=body))

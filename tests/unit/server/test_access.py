@@ -11,8 +11,9 @@ from starlette.testclient import TestClient
 from optiq.errors import EngineFailure, RequestRejected
 from optiq.server.access import LogFormatter
 from optiq.server.jobs import Started
-from tests.server.fake import DEFAULT, FakeService, said
+from tests.server.fake import DEFAULT, said
 from tests.server.local import app_of
+from tests.server.managed import ManagedService
 
 OWN = "http://127.0.0.1:8080"
 SECRET = "a prompt that is nobody's business"
@@ -39,7 +40,7 @@ def lines(request):
 
 
 def client_of(script=DEFAULT, **options):
-    return TestClient(app_of(FakeService(script), **options), base_url=OWN)
+    return TestClient(app_of(ManagedService(script), **options), base_url=OWN)
 
 
 def outcomes(client):

@@ -6,8 +6,8 @@ from starlette.testclient import TestClient
 from optiq.configs import ServeConfig
 from optiq.errors import EngineFailure, UsageError
 from optiq.server.app import create_app
-from tests.server.fake import FakeService, Figures
 from tests.server.local import app_of
+from tests.server.managed import Figures, ManagedService
 
 OWN = "http://127.0.0.1:8080"
 
@@ -17,7 +17,7 @@ def client_of(service=None, **options):
 
 
 def test_health_is_of_the_server_and_ready_of_the_engine():
-    service = FakeService(not_ready="the model is being loaded")
+    service = ManagedService(not_ready="the model is being loaded")
     client = client_of(service)
     assert client.get("/health").json() == {"status": "ok"}
     answer = client.get("/ready")
@@ -54,7 +54,7 @@ def test_other_methods_are_named():
 
 def test_a_wrong_request_of_the_engine_is_400():
     assert (
-        client_of(FakeService(UsageError("too long")))
+        client_of(ManagedService(UsageError("too long")))
         .post("/v1/echo", json={"prompt": "x"})
         .json()["error"]["message"]
         == "too long"
@@ -63,7 +63,7 @@ def test_a_wrong_request_of_the_engine_is_400():
 
 @pytest.mark.parametrize(("not_ready", "status"), [("", 500), ("it is being restarted", 503)])
 def test_a_failed_engine_is_500_and_one_that_comes_back_503(not_ready, status):
-    service = FakeService((EngineFailure("the engine died"),), not_ready=not_ready)
+    service = ManagedService((EngineFailure("the engine died"),), not_ready=not_ready)
     answer = client_of(service).post("/v1/echo", json={"prompt": "x"})
     assert answer.status_code == status
     assert "the engine died" in answer.json()["error"]["message"]
@@ -89,7 +89,7 @@ def test_there_is_no_page_that_loads_scripts_from_elsewhere(path):
 
 
 def test_metrics_say_how_the_engine_does():
-    class Engine(FakeService):
+    class Engine(ManagedService):
         def snapshot(self):
             return Figures(
                 queued=4,
@@ -129,8 +129,8 @@ def test_two_applications_do_not_share_metrics():
 def test_it_is_not_made_open_to_others(monkeypatch):
     monkeypatch.delenv("OPTIQ_API_KEY", raising=False)
     with pytest.raises(UsageError, match="API key|api-key"):
-        create_app(FakeService(), ServeConfig(host="0.0.0.0"))
+        create_app(ManagedService(), ServeConfig(host="0.0.0.0"))
     monkeypatch.setenv("OPTIQ_API_KEY", "k")
-    client = TestClient(create_app(FakeService(), ServeConfig(host="0.0.0.0")), base_url=OWN)
+    client = TestClient(create_app(ManagedService(), ServeConfig(host="0.0.0.0")), base_url=OWN)
     assert client.get("/metrics").status_code == 401
     assert client.get("/metrics", headers={"x-api-key": "k"}).status_code == 200

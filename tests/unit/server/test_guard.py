@@ -12,8 +12,8 @@ from optiq.configs import ServeConfig
 from optiq.errors import UsageError
 from optiq.server.app import create_app
 from optiq.server.guard import MAX_DEPTH, Bodies, depth_of
-from tests.server.fake import FakeService
 from tests.server.local import app_of
+from tests.server.managed import ManagedService
 
 OWN = "http://127.0.0.1:8080"
 
@@ -51,7 +51,7 @@ def test_names_of_this_machine_are_answered(host):
 )
 @pytest.mark.parametrize("path", ["/v1/echo", "/v1/messages/echo", "/api/echo"])
 def test_other_names_are_not(host, path):
-    service = FakeService()
+    service = ManagedService()
     answer = asked(TestClient(app_of(service), base_url=OWN), path, host=host)
     assert answer.status_code == 403
     assert "--allowed-host" in answer.text
@@ -94,7 +94,7 @@ def test_a_page_of_the_server_may_ask(origin):
     ],
 )
 def test_pages_of_others_may_not(origin):
-    service = FakeService()
+    service = ManagedService()
     answer = asked(TestClient(app_of(service), base_url=OWN), origin=origin)
     assert answer.status_code == 403
     assert not any(name.startswith("access-control") for name in answer.headers)
@@ -132,7 +132,7 @@ def test_refusals_behind_the_doors_can_be_read_by_the_page(tmp_path):
 def test_a_wildcard_needs_a_key(name, tmp_path, monkeypatch):
     monkeypatch.delenv("OPTIQ_API_KEY", raising=False)
     with pytest.raises(UsageError, match="any web page"):
-        create_app(FakeService(), ServeConfig(**{name: ("*",)}))
+        create_app(ManagedService(), ServeConfig(**{name: ("*",)}))
     path = tmp_path / "key"
     path.write_text("k")
     client = client_of(**{name: ("*",)}, api_key_file=path)
