@@ -20,6 +20,9 @@ from optiq.server.dialects import answer, rejection
 from optiq.server.records import OTHER_ROUTE, Record, current
 from optiq.server.wire import IGNORED_HEADER
 
+POLLED: Final = frozenset({"/health", "/ready", "/metrics"})
+"""What monitors ask every few seconds: counted, but not logged."""
+
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _PATH_CHARS: Final = 200
 _log = logging.getLogger("optiq.access")
@@ -56,7 +59,8 @@ class Access:
             record.duration_s = time.perf_counter() - record.began
             record.route = getattr(scope.get("route"), "path", OTHER_ROUTE)
             self._done(record)
-            _log.info("%s", record.path, extra={"record": record})
+            level = logging.DEBUG if record.path in POLLED else logging.INFO
+            _log.log(level, "%s", record.path, extra={"record": record})
 
 
 class _Channel:

@@ -28,6 +28,7 @@ from optiq.models.vision.pictures import MAX_PIXELS
 MAX_IMAGE_BYTES: Final = 20 * 2**20
 MAX_REDIRECTS: Final = 3
 FETCH_TIMEOUT_S: Final = 20.0
+FETCHES_AT_A_TIME: Final = 8
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -93,6 +94,7 @@ class Images:
     """
 
     def __init__(self, hosts: Iterable[str] = ()) -> None:
+        self._turns = asyncio.Semaphore(FETCHES_AT_A_TIME)
         self._places = frozenset(_place(entry) for entry in hosts)
         self._addresses = frozenset(
             address for host, _ in self._places if (address := _address(host)) is not None
@@ -109,7 +111,8 @@ class Images:
             if head is None:
                 raise RequestRejected("a data URL must begin with data:image/TYPE;base64,")
             return await asyncio.to_thread(from_base64, source[head.end() :])
-        data = await self._download(source)
+        async with self._turns:
+            data = await self._download(source)
         return await asyncio.to_thread(checked, data)
 
     async def _download(self, source: str) -> bytes:

@@ -123,6 +123,7 @@ def test_a_model_is_served_until_a_signal(tiny_llama):
         url = process.stdout.readline().strip()
         until(lambda: httpx.get(f"{url}/ready", timeout=WAIT_S).status_code == 200)
         assert "optiq:models_loaded 1.0" in httpx.get(f"{url}/metrics").text
+        assert httpx.get(f"{url}/nix").status_code == 404
         process.send_signal(signal.SIGTERM)
         out, log = process.communicate(timeout=WAIT_S)
     finally:
@@ -130,4 +131,4 @@ def test_a_model_is_served_until_a_signal(tiny_llama):
         process.kill()
     assert process.returncode == 0
     assert out == ""
-    assert '"path": "/ready", "status": 200, "outcome": "ok"' in log
+    assert '"path": "/nix", "status": 404, "outcome": "rejected"' in log

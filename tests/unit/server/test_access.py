@@ -109,7 +109,7 @@ def test_a_fault_is_logged_in_full_to_debug(lines, monkeypatch):
 )
 def test_ids_that_could_forge_something_are_replaced(lines, given):
     app = app_of()
-    sent = answered(app, [(b"x-request-id", given.encode()), (b"host", b"localhost")])
+    sent = answered(app, [(b"x-request-id", given.encode()), (b"host", b"localhost")], "/nix")
     found = dict(sent[0]["headers"])[b"x-request-id"].decode()
     assert re.fullmatch(r"[0-9a-f]{32}", found)
     assert len(lines) == 1
@@ -117,7 +117,7 @@ def test_ids_that_could_forge_something_are_replaced(lines, given):
     assert found in lines[0]
 
 
-def answered(app, headers, path="/health", raw_path=None):
+def answered(app, headers, path, raw_path=None):
     """What an application sends to a request that no client would make."""
     sent = []
 
@@ -139,6 +139,14 @@ def answered(app, headers, path="/health", raw_path=None):
         scope["raw_path"] = raw_path
     asyncio.run(app(scope, receive, send))
     return sent
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/metrics"])
+def test_what_monitors_ask_is_counted_and_not_logged(lines, path):
+    client = client_of()
+    client.get(path)
+    assert lines == []
+    assert outcomes(client) == {(path, 200, "ok"): 1}
 
 
 @pytest.mark.parametrize("raw", [None, b"/x%0aPOST%20/fake"])
