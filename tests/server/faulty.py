@@ -7,11 +7,14 @@ loop itself fails), HANG (a step does not end).
 import sys
 import time
 
+from tokenizers import pre_tokenizers
+
 from optiq.engine.sequence import SequenceState
 from optiq.server import worker
 from optiq.server.messages import Begin
 
-FAIL = tuple(range(36, 40))  # set below: tokens of the word
+SYMBOLS = sorted(pre_tokenizers.ByteLevel.alphabet())  # as tests.tiny numbers them
+FAIL = tuple(SYMBOLS.index(letter) for letter in "FAIL")
 
 
 class FaultyWorker(worker.Worker):
@@ -22,7 +25,7 @@ class FaultyWorker(worker.Worker):
     def _obey(self, order):
         if isinstance(order, Begin):
             prompt = getattr(order.job, "prompt", "")
-            if prompt in {"CRASH", "HANG"}:
+            if isinstance(prompt, str) and prompt in {"CRASH", "HANG"}:
                 self.fault = prompt
         super()._obey(order)
 
@@ -45,10 +48,6 @@ def failing(self, tokens, logprobs):
 
 
 if __name__ == "__main__":
-    from tokenizers import pre_tokenizers
-
-    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())  # as tests.tiny numbers them
-    FAIL = tuple(symbols.index(letter) for letter in "FAIL")
     SequenceState.take = failing
     worker.Worker = FaultyWorker
     worker.main(sys.argv[1:])

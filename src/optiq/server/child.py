@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 import socket
 import sys
@@ -34,18 +35,25 @@ class Child:
 
     @classmethod
     async def start(cls, command: Sequence[str] = COMMAND) -> Child:
-        """Start one; its end of the pipe is the last argument of the command."""
+        """Start one; its end of the pipe is the last argument of the command.
+
+        Raises:
+            OSError: if the machine has no room for one.
+        """
         ours, theirs = socket.socketpair()
-        with theirs:
-            end = theirs.fileno()
-            process = await asyncio.create_subprocess_exec(
-                *command,
-                str(end),
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=_STDERR,  # standard output is the server's own
-                pass_fds=(end,),
-            )
-        reader, writer = await asyncio.open_connection(sock=ours)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(ours)
+            with theirs:
+                end = theirs.fileno()
+                process = await asyncio.create_subprocess_exec(
+                    *command,
+                    str(end),
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=_STDERR,  # standard output is the server's own
+                    pass_fds=(end,),
+                )
+            reader, writer = await asyncio.open_connection(sock=ours)
+            stack.pop_all()  # the streams own it now
         return cls(process, reader, writer)
 
     @property

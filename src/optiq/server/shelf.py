@@ -16,6 +16,7 @@ from optiq.artifacts import BitPlan
 from optiq.backend import is_cpu, memory_bytes, mx
 from optiq.configs import parse_size
 from optiq.data import chat
+from optiq.engine.drafters import drafter_kind
 from optiq.engine.engine import Engine, EngineOptions, load
 from optiq.engine.reasoning import reasoning_format
 from optiq.engine.text import Pieces, backend_of
@@ -136,7 +137,9 @@ class Shelf:
             try:
                 found = self.load(name)
             except UsageError as error:  # of the operator; the request is as it should be
-                raise EngineFailure(f"model {name!r} cannot be loaded: {error}") from error
+                raise EngineFailure(
+                    f"model {name!r} cannot be loaded; the server's log says why"
+                ) from error
         found.used_at = time.monotonic()
         return found
 
@@ -245,7 +248,7 @@ def described(entry: Entry, max_context: int | None = None) -> ModelCard:
         tools=has_chat and call_format(tokenizer) is not None and chat.offers_tools(tokenizer),
         thinking=has_chat and reasoning_format(tokenizer) is not None,
         chat=has_chat,
-        drafter=entry.drafter,
+        drafter=None if entry.drafter is None else drafter_kind(entry.drafter),
         size_bytes=sum(file.stat().st_size for file in files),
         bpw=_bpw(entry, config),
     )

@@ -48,6 +48,7 @@ from optiq.server.messages import (
 
 _FIRST_PAUSE_S: Final = 0.5
 _LONGEST_PAUSE_S: Final = 8.0
+_WATCH_S: Final = 1.0
 _ENGINE_KNOWS: Final = frozenset({"finished", "rejected", "failed", "died"})
 
 State = Literal["starting", "ready", "down", "closed"]
@@ -302,7 +303,10 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         ends: deque[float] = deque()
         while True:
-            how = await self._one_life(started)
+            try:
+                how = await self._one_life(started)
+            except Exception as error:  # noqa: BLE001  requests must end whatever it is
+                how = f"{type(error).__name__}: {error}"
             lived = self._state == "ready"
             ends.append(loop.time())
             while lived and ends[0] < loop.time() - self._options.restart_window_s:
@@ -391,15 +395,16 @@ class Supervisor:
     async def _watch(self, child: Child) -> None:
         """Kill an engine process that has work and says nothing."""
         loop = asyncio.get_running_loop()
-        pause = self._options.step_timeout_s / 8
         while True:
+            limit = self._options.step_timeout_s
+            pause = min(limit / 8, _WATCH_S)
             planned = loop.time() + pause
             await asyncio.sleep(pause)
-            if loop.time() > planned + pause:
+            if loop.time() > planned + max(pause, _WATCH_S):
                 self._heard = loop.time()  # this process was stopped itself
             silent = loop.time() - self._heard
             busy = self._state == "ready" and self._loading is None and bool(self._answers)
-            if busy and silent > self._options.step_timeout_s:
+            if busy and silent > limit:
                 self._fault = EngineFailure(f"a step took more than {silent:.0f} s")
                 child.kill()
                 return

@@ -14,7 +14,7 @@ from optiq.models.families import is_drafter
 from optiq.models.load import read_config
 from optiq.registry import Registry
 
-__all__ = ["DRAFTERS", "Drafter", "Pairing", "open_drafter"]
+__all__ = ["DRAFTERS", "Drafter", "Pairing", "drafter_kind", "open_drafter"]
 
 DRAFTERS: Registry[Opener] = Registry(
     "drafter",
@@ -36,12 +36,22 @@ def open_drafter(given: str | Path, pairing: Pairing) -> Drafter:
     Raises:
         UsageError: if it is neither, or was not made for this target.
     """
+    kind = drafter_kind(given)
+    path = Path(given)
+    return DRAFTERS.get(kind)(path if (path / "config.json").is_file() else None, pairing)
+
+
+def drafter_kind(given: str | Path) -> str:
+    """The name in `DRAFTERS` of what `open_drafter` would open; nothing is read but a config.
+
+    Raises:
+        UsageError: if it is neither a model directory nor a name.
+    """
     path = Path(given)
     if (path / "config.json").is_file():
-        kind = "gemma4_assistant" if is_drafter(read_config(path)) else "draft_model"
-        return DRAFTERS.get(kind)(path, pairing)
+        return "gemma4_assistant" if is_drafter(read_config(path)) else "draft_model"
     if str(given) in DRAFTERS.names():
-        return DRAFTERS.get(str(given))(None, pairing)
+        return str(given)
     raise UsageError(
         f"drafter '{given}' is no model directory and none of {DRAFTERS.names()}; give a "
         "directory, or ngram"

@@ -37,6 +37,7 @@ def test_formats(tmp_path, halves, name):
     file = saved(halves, tmp_path / name, **options)
     assert corners(open_picture(file)) == (RED, BLUE)
     assert corners(open_picture(str(file))) == (RED, BLUE)
+    assert corners(open_picture(file.read_bytes())) == (RED, BLUE)
 
 
 def test_a_picture_of_pillow_is_left_alone(halves):
@@ -166,6 +167,7 @@ def test_what_is_no_image(tmp_path, text):
     file = tmp_path / "letter.png"
     file.write_bytes(text)
     refused(file, "is no image that optiq reads")
+    refused(text, "the picture is no image that optiq reads")
 
 
 def test_an_empty_file(tmp_path):
