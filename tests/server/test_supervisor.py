@@ -320,10 +320,11 @@ def broken(engine, runner, harm):
         running = engine.submit(endless())
         await begun(running)
         harm()
+        await until(lambda: not engine.ready()[0])
+        next_one = engine.submit(job())  # waits for the next process
         with pytest.raises(EngineFailure) as caught:
             await read(running)
-        assert not engine.ready()[0]
-        replies = await read(engine.submit(job()))  # waits for the next process
+        replies = await read(next_one)
         assert len(tokens_of(replies)) == 8
         assert engine.ready() == (True, "ready")
         return str(caught.value)

@@ -121,6 +121,7 @@ class Supervisor:
         self._child: Child | None = None
         self._loading: str | None = None
         self._fault: OptiqError | None = None
+        self._lived = False
         self._heard = 0.0
         self._main: asyncio.Task[None] | None = None
 
@@ -307,19 +308,21 @@ class Supervisor:
                 how = await self._one_life(started)
             except Exception as error:  # noqa: BLE001  requests must end whatever it is
                 how = f"{type(error).__name__}: {error}"
-            lived = self._state == "ready"
             ends.append(loop.time())
-            while lived and ends[0] < loop.time() - self._options.restart_window_s:
+            while self._lived and ends[0] < loop.time() - self._options.restart_window_s:
                 ends.popleft()
             self._why = f"the engine process ended ({how})"
-            for answer in list(self._answers.values()):
-                self._settle(answer, "died", EngineFailure(f"{self._why}; send the request again"))
+            again = "; send the request again"
             if not started.done() or len(ends) > self._options.restarts:
-                self._state = "down"
-                self._why += f" for the {len(ends)}. time; start the server again"
+                self._state, again = "down", ""
+                self._why += f", {len(ends)} times by now; start the server again"
+                self._unsent.clear()
+            lost = [one for one in self._answers.values() if one.number not in self._unsent]
+            for answer in lost:
+                self._settle(answer, "died", EngineFailure(self._why + again))
+            if self._state == "down":
                 self._emit(Notice(self._why, "warning"))
                 return
-            self._state = "starting"
             self._why += " and is being started again"
             self._emit(Notice(self._why, "warning"))
             pause = 0 if len(ends) == 1 else _FIRST_PAUSE_S * 2 ** (len(ends) - 2)
@@ -328,7 +331,7 @@ class Supervisor:
 
     async def _one_life(self, started: asyncio.Future[None]) -> str:
         """An engine process from its start to its end; how it ended."""
-        self._fault, self._loading = None, None
+        self._fault, self._loading, self._lived = None, None, False
         child = self._child = await Child.start(self._command)
         self._heard = asyncio.get_running_loop().time()
         watch = asyncio.create_task(self._watch(child))
@@ -341,7 +344,9 @@ class Supervisor:
                 self._heard = asyncio.get_running_loop().time()
                 self._hear(message, started)
         finally:
-            self._child = None
+            self._child = None  # what comes from now on is for the next one
+            if self._state == "ready":
+                self._state, self._why = "starting", "the engine process has ended"
             self._cards = tuple(dataclasses.replace(card, loaded=False) for card in self._cards)
             watch.cancel()
             how = await child.ended()
@@ -357,6 +362,7 @@ class Supervisor:
                     self._counts.load(load)
             case Models(cards):
                 self._cards, self._loading, self._state = cards, None, "ready"
+                self._lived = True
                 self._catalog = self._catalog.only({card.name for card in cards})
                 if not started.done():
                     started.set_result(None)

@@ -6,11 +6,13 @@ The functions at the end are all that knows how the engine is called.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from typing import Any, Final, Protocol, cast
+from collections.abc import Generator, Mapping, Sequence
+from typing import Any, Final, Protocol, TypeVar, cast
+
+import numpy as np
 
 from optiq.engine.engine import Generation
-from optiq.engine.events import Event, Finished, Tokens
+from optiq.engine.events import Event, Finished, TokenLogprob, Tokens
 from optiq.engine.messages import ChatOptions, Message
 from optiq.errors import (
     ContextExceeded,
@@ -38,6 +40,7 @@ from optiq.server.messages import Failure, Part, Value
 from optiq.server.shelf import Loaded
 
 _LOG: Final = logging.getLogger(__name__)
+_TINY: Final = 1e-12
 _ARGUMENTS: Final = {
     "thinking": False,
     "thinking_budget": None,
@@ -49,6 +52,11 @@ _ARGUMENTS: Final = {
     "grammar": None,
 }
 """Arguments of `Engine.generate` that are fields of a job, and what they are by default."""
+
+
+T = TypeVar("T")
+Steps = Generator[None, None, T]
+"""Work that stops now and then, so that others can go on, and what comes of it."""
 
 
 class Task(Protocol):
@@ -90,11 +98,11 @@ def begun(number: int, job: Job, loaded: Loaded) -> Task:
         case GenerateJob():
             return Writing(number, job, loaded)
         case EmbedJob():
-            return Embedding(number, job, loaded)
+            return Reading(number, _embedded(loaded, job), loaded)
         case CountJob():
-            return Reading(number, _counted(loaded, job.prompt), loaded)
+            return Reading(number, _done(_counted(loaded, job.prompt)), loaded)
         case DetokenizeJob():
-            return Reading(number, _detokenized(loaded, job), loaded)
+            return Reading(number, _done(_detokenized(loaded, job)), loaded)
 
 
 def failure_of(error: BaseException) -> Failure:
@@ -119,14 +127,17 @@ class Writing:
     def __init__(self, number: int, job: GenerateJob, loaded: Loaded) -> None:
         self.number, self.loaded = number, loaded
         self._going = dict(enumerate(_generations(loaded, job)))
-        self._started: Started | None = _started(loaded, job, self._going[0])
+        self._start: Steps[Started] | None = _start(loaded, job, self._going[0].prompt)
 
     def collect(self) -> Part | None:
         """See `Task`."""
         replies: list[Reply] = []
-        if self._started is not None:
-            replies.append(self._started)
-            self._started = None
+        if self._start is not None:
+            started = _advanced(self._start)
+            if started is None:
+                return None
+            replies.append(started)
+            self._start = None
         for choice, generation in list(self._going.items()):
             events = generation.pending()
             for event in events:
@@ -148,58 +159,54 @@ class Writing:
             generation.cancel()
 
 
-class Embedding:
-    """Texts to embed, one between two steps, so that answers go on."""
-
-    def __init__(self, number: int, job: EmbedJob, loaded: Loaded) -> None:
-        self.number, self.loaded, self._job = number, loaded, job
-        self._vectors: list[tuple[float, ...]] = []
-        self._num_tokens = 0
-
-    def collect(self) -> Part | None:
-        """See `Task`."""
-        rest = self._job.inputs[len(self._vectors) :]
-        if rest:
-            vector, num_tokens = _embedded(self.loaded, rest[0], self._job.dimensions)
-            self._vectors.append(vector)
-            self._num_tokens += num_tokens
-            if len(rest) > 1:
-                return None
-        value = Embedded(tuple(self._vectors), self._num_tokens)
-        return Part(self.number, (value,), ended=True)
-
-    def cancel(self) -> None:
-        """Nothing goes on by itself."""
-
-
 class Reading:
-    """Something that is known at once."""
+    """A job of one reply, which is made in steps between which answers go on."""
 
-    def __init__(self, number: int, value: Value, loaded: Loaded) -> None:
-        self.number, self.loaded, self._value = number, loaded, value
+    def __init__(self, number: int, steps: Steps[Value], loaded: Loaded) -> None:
+        self.number, self.loaded, self._steps = number, loaded, steps
 
     def collect(self) -> Part | None:
         """See `Task`."""
-        return Part(self.number, (self._value,), ended=True)
+        value = _advanced(self._steps)
+        return None if value is None else Part(self.number, (value,), ended=True)
 
     def cancel(self) -> None:
-        """Nothing goes on by itself."""
+        """See `Task`."""
+        self._steps.close()
+
+
+def _done(result: T) -> Steps[T]:
+    """Steps that are over."""
+    yield from ()
+    return result  # noqa: B901  the result of the steps
+
+
+def _advanced(steps: Steps[T]) -> T | None:
+    """The result of steps after one more of them; None while it is not there."""
+    try:
+        next(steps)
+    except StopIteration as end:
+        result: T = end.value
+        return result
+    return None
 
 
 def _pieces(loaded: Loaded, event: Tokens) -> tuple[Piece, ...]:
     """Tokens of an answer with their bytes."""
-    bytes_of = loaded.pieces.bytes_of
     if not event.logprobs:
-        return tuple(Piece(token, bytes_of(token)) for token in event.ids)
-    return tuple(
-        Piece(
-            one.token,
-            bytes_of(one.token),
-            one.logprob,
-            tuple((token, bytes_of(token), logprob) for token, logprob in one.top),
-        )
-        for one in event.logprobs
-    )
+        return _plain(loaded, event.ids)
+    return tuple(_scored(loaded, one) for one in event.logprobs)
+
+
+def _plain(loaded: Loaded, tokens: Sequence[int]) -> tuple[Piece, ...]:
+    bytes_of = loaded.pieces.bytes_of
+    return tuple(Piece(token, bytes_of(token)) for token in tokens)
+
+
+def _scored(loaded: Loaded, one: TokenLogprob) -> Piece:
+    bytes_of = loaded.pieces.bytes_of
+    top = tuple((token, bytes_of(token), logprob) for token, logprob in one.top)
+    return Piece(one.token, bytes_of(one.token), one.logprob, top)
 
 
 # -- how the engine is called ----------------------------------------------------------------------
@@ -208,18 +215,15 @@ def _pieces(loaded: Loaded, event: Tokens) -> tuple[Piece, ...]:
 def _generations(loaded: Loaded, job: GenerateJob) -> Sequence[Generation]:
     """The answers of a job, one a choice."""
     _check_length(loaded, job)
-    prompt: Any = _prompt(job)
+    engine: Any = loaded.engine
+    given = (_prompt(job), job.images, job.tools)
     arguments = _arguments(job) | dict(job.sampling)
-    generate = loaded.engine.generate
-    out: list[Generation] = []
-    try:
-        for choice in range(job.choices):
-            out.append(generate(prompt, job.images, job.tools, choice=choice, **arguments))
-    except BaseException:
-        for generation in out:
-            generation.cancel()
-        raise
-    return out
+    if hasattr(engine, "generate_choices"):
+        several: Sequence[Generation] = engine.generate_choices(
+            *given, choices=job.choices, **arguments
+        )
+        return several
+    return [engine.generate(*given, choice=choice, **arguments) for choice in range(job.choices)]
 
 
 def _arguments(job: GenerateJob) -> dict[str, Any]:
@@ -266,18 +270,28 @@ def _text_bytes(value: Any) -> int:  # noqa: ANN401  any JSON value
     return sum(_text_bytes(one) for one in value) if isinstance(value, list | tuple) else 0
 
 
-def _started(loaded: Loaded, job: GenerateJob, generation: Generation) -> Started:
+def _start(loaded: Loaded, job: GenerateJob, tokens: tuple[int, ...]) -> Steps[Started]:
     """The beginning of the answers."""
-    tokens = generation.prompt
     if not job.echo:
-        return Started(len(tokens))
-    if job.sampling.get("logprobs"):
-        raise RequestRejected("echo with logprobs is not served", param="echo")
-    bytes_of = loaded.pieces.bytes_of
-    return Started(len(tokens), tuple(Piece(token, bytes_of(token)) for token in tokens))
+        return _done(Started(len(tokens)))
+    if not job.sampling.get("logprobs"):
+        return _done(Started(len(tokens), _plain(loaded, tokens)))
+    return _echo(loaded, job, tokens)
 
 
-def _counted(loaded: Loaded, job: GenerateJob) -> Counted:
+def _echo(loaded: Loaded, job: GenerateJob, tokens: tuple[int, ...]) -> Steps[Started]:
+    """The prompt with its log-probabilities."""
+    engine: Any = loaded.engine
+    top = job.sampling.get("top_logprobs") or 0
+    scores = yield from engine.prompt_logprob_steps(tokens, job.images, top=top)
+    pieces = [
+        *_plain(loaded, tokens[:1]),
+        *(_scored(loaded, one) for one in scores if one is not None),
+    ]
+    return Started(len(tokens), tuple(pieces))  # noqa: B901  the result of the steps
+
+
+def _counted(loaded: Loaded, job: GenerateJob) -> Value:
     _check_length(loaded, job)
     prompts, prompt = loaded.engine.prompts, _prompt(job)
     if isinstance(prompt, str):
@@ -288,11 +302,10 @@ def _counted(loaded: Loaded, job: GenerateJob) -> Counted:
         options = ChatOptions(job.tools, job.thinking, job.continue_final)
         messages = cast("Sequence[Message]", prompt)
         tokens = prompts.chat(messages, options, job.images, job.image_detail).tokens
-    bytes_of = loaded.pieces.bytes_of
-    return Counted(tuple(Piece(token, bytes_of(token)) for token in tokens), len(tokens))
+    return Counted(_plain(loaded, tokens), len(tokens))
 
 
-def _detokenized(loaded: Loaded, job: DetokenizeJob) -> Detokenized:
+def _detokenized(loaded: Loaded, job: DetokenizeJob) -> Value:
     size = loaded.engine.vocab_size
     wrong = [token for token in job.tokens if not 0 <= token < size]
     if wrong:
@@ -300,12 +313,21 @@ def _detokenized(loaded: Loaded, job: DetokenizeJob) -> Detokenized:
     return Detokenized(loaded.pieces.decode(job.tokens))
 
 
-def _embedded(
-    loaded: Loaded, text: str | tuple[int, ...], dimensions: int | None
-) -> tuple[tuple[float, ...], int]:
-    """Embedding of one text, and its tokens."""
-    embed = getattr(loaded.engine, "embed", None)
-    if embed is None:
-        raise RequestRejected("this engine does not embed", code="unsupported")
-    vectors, num_tokens = embed([text], dimensions=dimensions)
-    return tuple(vectors[0]), num_tokens
+def _embedded(loaded: Loaded, job: EmbedJob) -> Steps[Value]:
+    engine: Any = loaded.engine
+    vectors = yield from engine.embed_steps(job.inputs)
+    count = sum(
+        len(engine.prompts.plain(one)) if isinstance(one, str) else len(one) for one in job.inputs
+    )
+    short = tuple(_shortened(vector, job.dimensions) for vector in vectors)
+    return Embedded(short, count)  # noqa: B901  the result of the steps
+
+
+def _shortened(vector: np.ndarray, dimensions: int | None) -> tuple[float, ...]:
+    """The first numbers of a vector, of length 1 again."""
+    if dimensions is not None and not 1 <= dimensions <= len(vector):
+        raise RequestRejected(
+            f"dimensions is {dimensions}; give 1 to {len(vector)}", param="dimensions"
+        )
+    part = vector[:dimensions]
+    return tuple((part / max(float(np.linalg.norm(part)), _TINY)).tolist())

@@ -1,12 +1,14 @@
 """The turns of the engine process, in this process."""
 
+import dataclasses
 import io
 import queue
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from optiq.engine.events import Finished
+from optiq.engine.events import Finished, TokenLogprob
 from optiq.engine.scheduler import Limits
 from optiq.errors import EngineFailure, RequestRejected
 from optiq.events import no_emit
@@ -19,6 +21,7 @@ from optiq.server.jobs import (
     Embedded,
     EmbedJob,
     GenerateJob,
+    Piece,
     Said,
     Started,
     Written,
@@ -141,6 +144,7 @@ def test_a_cancelled_job_ends_before_the_next_step(bench):
     bench.worker.turn()
     assert len(bench.parts(0)) == before
     assert bench.shelf.loaded[0].engine.idle
+    bench.run(1)
     assert bench.shelf.loaded[0].num_tasks == 0
 
 
@@ -214,31 +218,80 @@ def test_a_text_is_put_into_tokens_and_back(bench):
     assert bench.replies(1) == [Detokenized("H<|endoftext|>")]
 
 
-class Embedder:
-    """An engine that embeds, around one that writes."""
+class Reader:
+    """An engine that reads texts in steps, around one that writes."""
 
     def __init__(self, engine):
-        self._engine, self.asked = engine, []
+        self._engine, self.prompts = engine, self
 
     def __getattr__(self, name):
         return getattr(self._engine, name)
 
-    def embed(self, inputs, *, dimensions):
-        self.asked.append((inputs, dimensions))
-        return [(1.0, 0.0)], 3
+    def plain(self, text):
+        return tuple(text.encode())
+
+    def embed_steps(self, inputs):
+        for _ in inputs:
+            yield
+        return [np.array([0.6, 0.8, 0.0], np.float32) for _ in inputs]  # noqa: B901
+
+    def prompt_logprob_steps(self, tokens, images, *, top):
+        for _ in tokens:
+            yield
+        rest = [TokenLogprob(token, -1.0, ((7, -0.5),) * top) for token in tokens[1:]]
+        return [None, *rest]  # noqa: B901
 
 
-def test_texts_are_embedded_one_between_two_steps(bench):
-    loaded = bench.shelf.loaded[0]
-    loaded.engine = Embedder(loaded.engine)
-    bench.put(0, job(tokens=30))
-    bench.worker.turn()
-    bench.put(1, EmbedJob("llama", ("a", (1, 2), "c"), 2))
-    before = len(bench.parts(0))
-    bench.run(1)
-    assert len(bench.parts(0)) - before >= 3
-    assert loaded.engine.asked == [(["a"], 2), ([(1, 2)], 2), (["c"], 2)]
-    assert bench.replies(1) == [Embedded(((1.0, 0.0),) * 3, 9)]
+@pytest.fixture
+def reading(bench):
+    """A worker whose engine reads."""
+    bench.shelf.loaded[0].engine = Reader(bench.shelf.loaded[0].engine)
+    return bench
+
+
+def test_texts_are_embedded_between_steps(reading):
+    reading.put(0, job(tokens=30))
+    reading.worker.turn()
+    reading.put(1, EmbedJob("llama", ("ab", (1, 2), "c"), 2))
+    before = len(reading.parts(0))
+    reading.run(1)
+    assert len(reading.parts(0)) - before >= 3
+    (value,) = reading.replies(1)
+    assert isinstance(value, Embedded)
+    assert value.prompt_tokens == 5
+    assert [pytest.approx(vector) for vector in value.vectors] == [(0.6, 0.8)] * 3
+    reading.put(2, EmbedJob("llama", ("ab",), 1))
+    reading.run(2)
+    assert reading.replies(2)[0].vectors == ((1.0,),)
+    reading.put(3, EmbedJob("llama", ("ab",), 4))
+    assert reading.error(3).param == "dimensions"
+
+
+def test_an_embedding_can_be_cancelled(reading):
+    reading.put(0, EmbedJob("llama", ("a",) * 500))
+    reading.worker.turn()
+    reading.inbox.put(Cancel(0))
+    reading.put(1, job())
+    reading.run(1)
+    assert reading.parts(0) == []
+    assert reading.shelf.loaded[0].num_tasks == 0
+
+
+def test_echo_gives_the_prompt(bench):
+    bench.put(0, job("Hi!", echo=True))
+    bench.run(0)
+    assert bench.replies(0)[0].prompt == tuple(Piece(ord(c) - 33, c.encode()) for c in "Hi!")
+
+
+def test_echo_with_log_probabilities_comes_before_the_answer(reading):
+    asked = job("Hi!", tokens=3, echo=True)
+    sampling = dict(asked.sampling) | {"logprobs": True, "top_logprobs": 1}
+    reading.put(0, dataclasses.replace(asked, sampling=sampling))
+    reading.run(0)
+    started, *rest = reading.replies(0)
+    assert [piece.logprob for piece in started.prompt] == [None, -1.0, -1.0]
+    assert started.prompt[1].top == ((7, b"(", -0.5),)
+    assert sum(isinstance(reply, Written) for reply in rest) == 3
 
 
 def test_a_picture_comes_as_bytes():
@@ -282,18 +335,3 @@ def test_a_surprise_of_one_request_is_its_own(bench):
     assert isinstance(bench.error(1), EngineFailure)
     bench.run(0)
     assert bench.parts(0)[-1].error is None
-
-
-def test_a_second_choice_that_fails_takes_the_first_along(bench):
-    engine = bench.shelf.loaded[0].engine
-    generate = engine.generate
-
-    def failing(*args, choice, **rest):
-        if choice == 1:
-            raise ValueError("no second one")
-        return generate(*args, choice=choice, **rest)
-
-    engine.generate = failing
-    bench.put(0, job(choices=2))
-    assert "no second one" in str(bench.error(0))
-    assert engine.idle
