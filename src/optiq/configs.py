@@ -351,3 +351,89 @@ class ServedConfig:
             raise UsageError("--served-model names a model at --served URL; give the URL")
         if self.served is not None and not re.match(r"https?://[^/\s]+", self.served):
             raise UsageError(f"--served '{self.served}' is no http:// or https:// URL")
+
+
+@dataclasses.dataclass(frozen=True)
+class ServeConfig:
+    """What `optiq serve` serves, to whom, and within which limits."""
+
+    model: tuple[Path, ...] = option(
+        (), "Model directory, or a directory of them; may be repeated.", metavar="DIR"
+    )
+    alias: tuple[str, ...] = option(
+        (),
+        "Another name of a model; * takes every unknown name. May be repeated.",
+        metavar="NAME=MODEL",
+    )
+    drafter: str | None = option(
+        None,
+        "Speculative decoding: an assistant or a smaller model with the same tokenizer, or ngram.",
+        metavar="DIR|ngram",
+    )
+    num_drafts: str = option(
+        "auto", "Drafts of a round; auto lets measurements decide.", metavar="N|auto"
+    )
+    host: str = option("127.0.0.1", "Address to listen at; another than loopback needs an API key.")
+    port: int = option(8080, "Port to listen at; 0 takes a free one and prints it.")
+    api_key_file: Path | None = option(
+        None, "File of API keys, one a line; default: OPTIQ_API_KEY.", metavar="FILE"
+    )
+    allowed_host: tuple[str, ...] = option(
+        (), "Name that requests may call the server by; may be repeated.", metavar="NAME"
+    )
+    cors_origin: tuple[str, ...] = option(
+        (), "Origin of web pages that may ask; may be repeated.", metavar="URL"
+    )
+    image_host: tuple[str, ...] = option(
+        (),
+        "Host that images of requests may be fetched from; may be repeated. Default: none.",
+        metavar="NAME[:PORT]",
+    )
+    max_body: str = option("32MiB", "Largest body of a request.", metavar="SIZE")
+    max_context: int | None = option(
+        None, "Tokens of prompt and answer at most; default: the model's own."
+    )
+    max_running: int = option(32, "Answers written at a time by one model.")
+    max_queue: int = option(256, "Requests that wait at most; more are refused with 429.")
+    request_timeout: float = option(600.0, "Seconds after which a request is ended.")
+    drain: float = option(30.0, "Seconds that running answers get when the server is stopped.")
+    memory_limit: str | None = option(
+        None, "Memory of all loaded models at most, e.g. 8GB; default: four fifths of all."
+    )
+    cache_limit: str | None = option(
+        None, "Memory of kept prompts at most, e.g. 2GB; default: by what is free.", metavar="SIZE"
+    )
+    kv_bits: Literal["model", "8", "4"] = option(
+        "model", "Bits of kept keys and values; model: in the model's own type."
+    )
+    idle_unload: float | None = option(
+        None, "Seconds without a request after which a model leaves the memory; default: never."
+    )
+    log_json: bool = option(False, "Write the log as one JSON object a line.")
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be honoured."""
+        positive = ("max_context", "max_running", "max_queue", "request_timeout", "idle_unload")
+        for name in positive:
+            _positive(getattr(self, name), "--" + name.replace("_", "-"))
+        if not (math.isfinite(self.drain) and self.drain >= 0):
+            raise UsageError(f"--drain must be a number of seconds, not {self.drain}")
+        if not 0 <= self.port <= 65535:
+            raise UsageError(f"--port must be 0 to 65535, not {self.port}")
+        if self.num_drafts != "auto" and not self.num_drafts.isdecimal():
+            raise UsageError(f"--num-drafts is '{self.num_drafts}'; give a number, or auto")
+        if self.num_drafts != "auto" and self.drafter is None:
+            raise UsageError("--num-drafts needs --drafter")
+        for name in ("max_body", "memory_limit", "cache_limit"):
+            size = getattr(self, name)
+            if size is not None and parse_size(size) <= 0:
+                raise UsageError(f"--{name.replace('_', '-')} must be positive, not '{size}'")
+        self._check_names()
+
+    def _check_names(self) -> None:
+        for origin in self.cors_origin:
+            if not re.fullmatch(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s*]+/?", origin, re.IGNORECASE):
+                raise UsageError(f"--cors-origin '{origin}' is no origin: scheme://name[:port]")
+        for host in self.allowed_host:
+            if not re.fullmatch(r"\*|[\w.:-]+", host):
+                raise UsageError(f"--allowed-host '{host}' is no name; leave scheme and port out")

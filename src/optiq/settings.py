@@ -23,7 +23,8 @@ class Settings:
             library to load.
         offline_words: names and values of `OPTIQ_OFFLINE` and `HF_HUB_OFFLINE`; see `offline`.
         hub_endpoint: `HF_ENDPOINT`; another hub, for instance a mirror.
-        served_key: `OPTIQ_API_KEY`; sent to the URL of `optiq eval --served`.
+        served_key: `OPTIQ_API_KEY`; sent to the URL of `optiq eval --served`, asked for by
+            `optiq serve`.
         debug: `OPTIQ_DEBUG` is set to anything but a false value; the command line shows
             tracebacks.
     """

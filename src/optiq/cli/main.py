@@ -32,6 +32,7 @@ VERBS = {
     "plan": "Choose bits for a budget from one measurement.",
     "inspect": "Show the bits, bytes and provenance of a model directory.",
     "generate": "Write text with a model.",
+    "serve": "Serve models to OpenAI, Anthropic and Ollama clients.",
     "bench": "Time prefill and decode of a model.",
     "doctor": "Check back end, BLAS, memory and versions.",
     "cache": "List or clear work directories.",

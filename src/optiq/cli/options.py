@@ -22,6 +22,7 @@ from optiq.configs import (
     JudgeConfig,
     MeasureConfig,
     RunConfig,
+    ServeConfig,
     ServedConfig,
 )
 
@@ -37,6 +38,7 @@ SECTIONS: Mapping[str, type[Any]] = {
     "generate": GenerateConfig,
     "eval": EvalConfig,
     "served": ServedConfig,
+    "serve": ServeConfig,
 }
 """TOML section -> dataclass; the order of the documentation."""
 
@@ -50,6 +52,7 @@ _TITLES = {
     GenerateConfig: "Writing",
     EvalConfig: "Benchmarks",
     ServedConfig: "Model behind a URL",
+    ServeConfig: "Serving",
 }
 
 

@@ -71,7 +71,7 @@ def _value(value: object, hint: Any, where: str, key: str) -> Any:  # noqa: ANN4
         wanted = f"one of {', '.join(choices)}"
     elif typing.get_origin(hint) is tuple:
         if isinstance(value, list) and all(isinstance(item, str) for item in value):
-            return tuple(value)
+            return tuple(map(typing.get_args(hint)[0], value))
         wanted = "a list of strings"
     elif hint is Path:
         if isinstance(value, str):

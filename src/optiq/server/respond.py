@@ -18,6 +18,7 @@ from fastapi.sse import KEEPALIVE_COMMENT
 from optiq.engine.events import Event, Finished
 from optiq.errors import EngineFailure, OptiqError, RequestRejected
 from optiq.server.jobs import Piece, Reply, Said, Started, Written
+from optiq.server.records import log_fault
 from optiq.server.service import Stream
 
 KEEPALIVE_S: Final = 10.0
@@ -113,14 +114,22 @@ async def streamed(
             async for reply in _with_pauses(stream):
                 for part in [keep_alive] if reply is None else encode(reply):
                     yield part
-        except OptiqError as error:
-            for part in failed(error):
+        except Exception as error:  # noqa: BLE001  an answer that has begun ends in its own words
+            for part in failed(_told(error)):
                 yield part
         finally:
             stream.cancel()
 
     headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
     return StreamingResponse(body(), media_type=media_type, headers=headers)
+
+
+def _told(error: Exception) -> OptiqError:
+    """What a reader is told; what nobody expected is logged."""
+    if isinstance(error, OptiqError):
+        return error
+    log_fault(error, "a stream failed")
+    return EngineFailure("internal error; the server's log says more")
 
 
 async def _with_pauses(stream: Stream) -> AsyncIterator[Reply | None]:

@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
-from typing import Protocol
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any, Protocol
 
 from optiq.server.jobs import (
     Counted,
@@ -37,6 +37,75 @@ class Stream(Protocol):
 
     def cancel(self) -> None:
         """Write no more. May be called at any time, and more than once."""
+        ...
+
+
+class Snapshot(Protocol):
+    """How the engine does now, and all that it has done: what `/metrics` says of it."""
+
+    @property
+    def queued(self) -> int:
+        """Jobs of which nothing was written yet."""
+        ...
+
+    @property
+    def running(self) -> int:
+        """Jobs that are worked on."""
+        ...
+
+    @property
+    def outcomes(self) -> Mapping[Any, int]:
+        """Jobs that ended, by how."""
+        ...
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens read."""
+        ...
+
+    @property
+    def completion_tokens(self) -> int:
+        """Tokens written."""
+        ...
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of prompts that were found in a cache."""
+        ...
+
+    @property
+    def drafted_tokens(self) -> int:
+        """Tokens that drafters proposed."""
+        ...
+
+    @property
+    def accepted_tokens(self) -> int:
+        """Of these, equal to what was drawn."""
+        ...
+
+    @property
+    def restarts(self) -> int:
+        """Times that the engine process was started again."""
+        ...
+
+    @property
+    def steps(self) -> int:
+        """Steps of the engine."""
+        ...
+
+    @property
+    def step_seconds(self) -> float:
+        """Time that they took in all."""
+        ...
+
+    @property
+    def active_memory_bytes(self) -> int:
+        """Arrays of the engine process."""
+        ...
+
+    @property
+    def loaded(self) -> Sequence[str]:
+        """Names of the models in memory."""
         ...
 
 
@@ -73,4 +142,33 @@ class Service(Protocol):
 
     async def detokenize(self, job: DetokenizeJob) -> Detokenized:
         """Put tokens into text. Raises as `submit` and `Stream` do."""
+        ...
+
+    def ready(self) -> tuple[bool, str]:
+        """Whether a job would be worked on at once, and if not, why."""
+        ...
+
+    def snapshot(self) -> Snapshot:
+        """What goes on."""
+        ...
+
+
+class Managed(Service, Protocol):
+    """A service with a beginning and an end; `life` has it in hand."""
+
+    async def start(self) -> None:
+        """Load; returns when the default model is ready. Jobs may come before that; they wait.
+
+        Raises:
+            UsageError: if what is to be served cannot be.
+            EngineFailure: if the engine process ends before it is ready.
+        """
+        ...
+
+    async def drain(self, seconds: float) -> int:
+        """Take no more jobs and let those that were taken end; how many had to be cut off."""
+        ...
+
+    async def close(self) -> None:
+        """End the engine process, and every job that is left with an error that says so."""
         ...
