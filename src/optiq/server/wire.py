@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, TypeVar, cast
+import json
+from typing import Annotated, Any, ClassVar, NoReturn, TypeVar, cast
 
 import pydantic
 from fastapi import Depends, Request
 from pydantic import BaseModel, ConfigDict
+from pydantic_core import ErrorDetails
 
 from optiq.errors import RequestRejected
 from optiq.server.service import Service
@@ -17,20 +19,26 @@ IGNORED_HEADER = "x-optiq-ignored"
 class WireModel(BaseModel):
     """A part of a body. Unknown keys are refused; numbers and texts are not turned into others."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", strict=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class Body(WireModel):
     """The body of a request.
 
     Attributes:
-        without_effect: keys that are accepted and cannot change the answer.
-        refused: keys of the protocol that are not served, with the reason; the values that mean
-            "not used" are let through by a validator of the route.
+        without_effect: keys that are accepted and cannot change the answer; a dot leads into an
+            object.
+        refused: keys of the protocol that are not served, with the reason. null is let through:
+            it means "not given".
+        refused_values: the same for values inside a body, for the documents; who refuses them is
+            a validator of the route.
     """
 
     without_effect: ClassVar[frozenset[str]] = frozenset()
     refused: ClassVar[dict[str, str]] = {}
+    refused_values: ClassVar[dict[str, str]] = {}
 
 
 B = TypeVar("B", bound=Body)
@@ -45,17 +53,26 @@ async def read(request: Request, kind: type[B]) -> B:
         RequestRejected: 400 naming the parameter, if the body is not what the route takes.
     """
     data = await json_object(request)
-    for key in data.keys() & kind.refused.keys():
-        if data[key] is not None:
+    for key, value in data.items():
+        if key in kind.refused and value is not None:
             raise RequestRejected(f"{key}: {kind.refused[key]}", param=key)
     data = {key: value for key, value in data.items() if key not in kind.refused}
-    request.state.ignored = sorted(
-        key for key in data.keys() & kind.without_effect if data[key] is not None
-    )
+    request.state.ignored = sorted(key for key in kind.without_effect if _is_given(data, key))
     try:
         return kind.model_validate(data)
     except pydantic.ValidationError as error:
-        raise rejected(error) from None
+        raise rejected(error, data) from None
+
+
+def body_of(kind: type[Body]) -> dict[str, Any]:
+    """What `openapi_extra` of a route says about its body, which `read` reads."""
+    schema = kind.model_json_schema()
+    schema["properties"] |= {
+        key: {"type": "null", "description": f"Refused: {reason}"}
+        for key, reason in kind.refused.items()
+    }
+    inlined = _inlined(schema, schema.pop("$defs", {}))
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": inlined}}}}
 
 
 async def json_object(request: Request) -> dict[str, Any]:
@@ -64,8 +81,11 @@ async def json_object(request: Request) -> dict[str, Any]:
     Raises:
         RequestRejected: 400, if it is no JSON object.
     """
+    raw = await request.body()
     try:
-        data = await request.json()
+        data = json.loads(raw, parse_constant=_no_constant)
+        if b"\\u" in raw:  # an escape can name half a character, which is no text
+            json.dumps(data, ensure_ascii=False).encode()
     except (ValueError, RecursionError):
         raise RequestRejected("the body is not JSON; send one JSON object") from None
     if not isinstance(data, dict):
@@ -73,19 +93,63 @@ async def json_object(request: Request) -> dict[str, Any]:
     return cast("dict[str, Any]", data)
 
 
-def rejected(error: pydantic.ValidationError) -> RequestRejected:
-    """The first fault of a body, in words."""
-    first = error.errors(include_url=False, include_context=False)[0]
-    path = ".".join(str(part) for part in first["loc"] if not _is_type_name(part))
+def rejected(error: pydantic.ValidationError, data: dict[str, Any]) -> RequestRejected:
+    """The fault of a body that lies deepest, in words.
+
+    Args:
+        error: what was found.
+        data: the body.
+    """
+    found = error.errors(include_url=False)
+    steps, first = max(((_steps(one, data), one) for one in found), key=lambda pair: len(pair[0]))
+    path = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps)
+    path = path.removeprefix(".")
     if first["type"] == "extra_forbidden":
         return RequestRejected(f"unknown parameter {path!r}; leave it out", param=path)
+    if first["type"] == "value_error":
+        message = str(first["ctx"]["error"])
+        return RequestRejected(f"{path}: {message}" if path else message, param=path or None)
+    if first["type"] == "missing":
+        return RequestRejected(f"{path} is missing; give it", param=path)
     seen = repr(first["input"])[:80]
     return RequestRejected(f"{path or 'body'}: {first['msg']} (not {seen})", param=path or None)
 
 
-def _is_type_name(part: object) -> bool:
-    """Whether a step of a path names the member of a union that was tried, not a key."""
-    return isinstance(part, str) and (part[:1].isupper() or "[" in part or "-" in part)
+def _steps(error: ErrorDetails, data: Any) -> list[str | int]:  # noqa: ANN401  any JSON value
+    """Where in the body a fault lies: steps that name members of unions are left out."""
+    steps: list[str | int] = []
+    for i, step in enumerate(error["loc"]):
+        is_last = i == len(error["loc"]) - 1
+        if isinstance(data, dict) and step in data:
+            data = data[step]
+        elif isinstance(data, list) and isinstance(step, int):
+            data = data[step]
+        elif not (is_last and error["type"] == "missing"):
+            continue
+        steps.append(step)
+    return steps
+
+
+def _is_given(data: Any, key: str) -> bool:  # noqa: ANN401  any JSON value
+    for step in key.split("."):
+        data = data.get(step) if isinstance(data, dict) else None
+    return data is not None
+
+
+def _inlined(schema: Any, parts: dict[str, Any]) -> Any:  # noqa: ANN401  any part of a schema
+    """A schema without references: an operation of OpenAPI has no place for definitions."""
+    if isinstance(schema, list):
+        return [_inlined(one, parts) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if "$ref" in schema:
+        rest = {key: value for key, value in schema.items() if key != "$ref"}
+        return _inlined(parts[schema["$ref"].rpartition("/")[2]] | rest, parts)
+    return {key: _inlined(value, parts) for key, value in schema.items() if key != "discriminator"}
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON")
 
 
 def service_of(request: Request) -> Service:

@@ -1,0 +1,57 @@
+"""What the routes have in common: documents, and the card of a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel
+
+from optiq.errors import RequestRejected
+from optiq.server.jobs import ModelCard
+from optiq.server.openai.errors import ERRORS
+from optiq.server.service import Service
+from optiq.server.wire import IGNORED_HEADER, Body, body_of
+
+
+def documented(kind: type[Body], chunk: type[BaseModel] | None = None) -> dict[str, Any]:
+    """Arguments of a POST route: its body, errors, headers, and the events of its stream.
+
+    Args:
+        kind: the body, which `wire.read` reads.
+        chunk: what an event holds; None for a route that does not stream.
+    """
+    answer: dict[str, Any] = {
+        "headers": {
+            IGNORED_HEADER: {
+                "description": "Parameters that were accepted and have no effect.",
+                "schema": {"type": "string"},
+            }
+        }
+    }
+    if chunk is not None:
+        schema = {"type": "string", "contentMediaType": "application/json"}
+        event = {"type": "object", "properties": {"data": schema}, "required": ["data"]}
+        answer["description"] = (
+            "The answer; with `stream`, events whose data is "
+            f"{' '.join(chunk.__name__.split())} as JSON, at last `[DONE]`."
+        )
+        answer["content"] = {"text/event-stream": {"itemSchema": event}}
+    return {"openapi_extra": body_of(kind), "responses": ERRORS | {200: answer}}
+
+
+def card_of(service: Service, name: str | None) -> ModelCard:
+    """The model that a request names.
+
+    Raises:
+        RequestRejected: 404, if there is none.
+    """
+    resolved = service.resolve(name)
+    for card in service.models():
+        if card.name == resolved:
+            return card
+    raise RequestRejected(
+        f"model {name!r} is not served; see /v1/models",
+        http_status=404,
+        param="model",
+        code="model_not_found",
+    )
