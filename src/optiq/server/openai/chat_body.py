@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import Field
 
@@ -11,9 +11,11 @@ from optiq.errors import RequestRejected
 from optiq.server.jobs import GenerateJob, ModelCard, ToolChoice
 from optiq.server.openai.messages import (
     REFUSED_PARTS,
+    REFUSED_ROLES,
     REFUSED_TOOLS,
     Conversation,
     Message,
+    refusing,
     served_tool,
 )
 from optiq.server.openai.parameters import Count, GenerationBody, grammar_of
@@ -54,6 +56,15 @@ class NamedTool(WireModel):
     function: NamedFunction
 
 
+REFUSED_CHOICES: Final = {
+    "allowed_tools": "give the tools that are allowed, and no others",
+    "custom": "a tool is a function with a JSON schema",
+}
+Choice = Annotated[
+    Literal["none", "auto", "required"] | NamedTool, refusing(REFUSED_CHOICES, "choice")
+]
+
+
 class TemplateOptions(WireModel):
     """Variables of the chat template."""
 
@@ -85,8 +96,8 @@ class ChatBody(GenerationBody):
         **{f"tools[].type={kind}": why for kind, why in REFUSED_TOOLS.items()},
         "modalities=audio": "the models speak text alone",
         "verbosity other than medium": "a model does not know it; ask for it in a message",
-        "tool_choice.type=allowed_tools": "give the tools that are allowed, and no others",
-        "messages[].role=function": "replaced by the role tool",
+        **{f"tool_choice.type={kind}": why for kind, why in REFUSED_CHOICES.items()},
+        **{f"messages[].role={kind}": why for kind, why in REFUSED_ROLES.items()},
     }
 
     messages: list[Message] = Field(
@@ -113,7 +124,7 @@ class ChatBody(GenerationBody):
     tools: list[Annotated[Tool, served_tool]] | None = Field(
         default=None, description="Functions that the model may call."
     )
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = Field(
+    tool_choice: Choice | None = Field(
         default=None,
         description="Whether it may or must call one, or which; enforced by a grammar.",
     )

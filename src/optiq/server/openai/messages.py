@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, Final, Literal, Protocol
 
 from pydantic import BeforeValidator, Field
@@ -20,16 +20,22 @@ REFUSED_PARTS: Final = {
 }
 
 
-def _refuses(kinds: dict[str, str], what: str) -> Callable[[Any], Any]:
-    """A validator that refuses, by name and with the reason, some types of an object."""
+def refusing(kinds: dict[str, str], what: str, key: str = "type") -> BeforeValidator:
+    """A validator that refuses, by name and with the reason, some kinds of an object.
+
+    Args:
+        kinds: what is refused, with the reason.
+        what: the object is.
+        key: of the object that has its kind.
+    """
 
     def check(value: Any) -> Any:  # noqa: ANN401  any JSON value
-        kind = value.get("type") if isinstance(value, dict) else None
+        kind = value.get(key) if isinstance(value, dict) else None
         if isinstance(kind, str) and kind in kinds:
-            raise ValueError(f"a {what} of type {kind!r} is not served: {kinds[kind]}")
+            raise ValueError(f"a {what} of {key} {kind!r} is not served: {kinds[kind]}")
         return value
 
-    return check
+    return BeforeValidator(check)
 
 
 class TextPart(WireModel):
@@ -55,7 +61,7 @@ class ImagePart(WireModel):
     image_url: ImageURL
 
 
-_served_part = BeforeValidator(_refuses(REFUSED_PARTS, "part"))
+_served_part = refusing(REFUSED_PARTS, "part")
 AnyPart = Annotated[TextPart | ImagePart, Field(discriminator="type"), _served_part]
 Texts = str | Annotated[list[Annotated[TextPart, _served_part]], Field(min_length=1)]
 Parts = str | Annotated[list[AnyPart], Field(min_length=1)]
@@ -85,7 +91,7 @@ class CalledFunction(WireModel):
 
 
 REFUSED_TOOLS: Final = {"custom": "a tool is a function with a JSON schema"}
-served_tool = BeforeValidator(_refuses(REFUSED_TOOLS, "tool"))
+served_tool = refusing(REFUSED_TOOLS, "tool")
 
 
 class PastCall(WireModel):
@@ -121,8 +127,11 @@ class ToolMessage(WireModel):
     name: str | None = None
 
 
+REFUSED_ROLES: Final = {"function": "replaced by the role tool"}
 Message = Annotated[
-    SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")
+    SystemMessage | UserMessage | AssistantMessage | ToolMessage,
+    Field(discriminator="role"),
+    refusing(REFUSED_ROLES, "message", "role"),
 ]
 
 
