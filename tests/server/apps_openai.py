@@ -35,13 +35,13 @@ def app_of(service=None):
     app.state.images = FakeImages()
 
     @app.exception_handler(OptiqError)
-    async def failed(request, error):
+    async def failed(_, error):
         error = as_rejected(error)
         headers = {} if error.retry_after_s is None else {"retry-after": f"{error.retry_after_s:g}"}
         return JSONResponse(openai.error_body(error), error.http_status, headers)
 
     @app.exception_handler(HTTPException)
-    async def unrouted(request, error):
+    async def unrouted(_, error):
         rejected = RequestRejected(str(error.detail), http_status=error.status_code)
         return JSONResponse(openai.error_body(rejected), error.status_code, error.headers)
 

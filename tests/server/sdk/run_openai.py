@@ -6,12 +6,11 @@
 
 The engine is a scripted one that takes any model's name. What `openai.txt` lists, with a reason
 each, has to fail: a line that is no longer needed is an error. Exit status 0 if everything else
-passes.
+passes; what pytest said is in sdk-openai.log.
 """
 
 import argparse
 import contextlib
-import os
 import re
 import socket
 import subprocess
@@ -51,15 +50,12 @@ def served(app):
 
 
 def outcomes(python: str, source: Path, base_url: str) -> dict[str, str]:
-    """What became of every test, by its id."""
+    """What became of every test, by its id; what was said is in a file."""
     files = [f"tests/api_resources/{name}" for name in FILES]
-    command = [python, "-m", "pytest", "-o", "addopts=", "-v", "--tb=short", "-p", "no:xdist"]
-    env = os.environ | {"TEST_API_BASE_URL": base_url}
-    env.pop("PYTHONPATH", None)
-    ran = subprocess.run(
-        [*command, *files], cwd=source, env=env, capture_output=True, text=True, check=False
-    )
-    print(ran.stdout[ran.stdout.find("= FAILURES") :] if "-d" in sys.argv else "", ran.stderr)
+    command = ["env", "-u", "PYTHONPATH", f"TEST_API_BASE_URL={base_url}", python, "-m", "pytest"]
+    command += ["-o", "addopts=", "-p", "no:xdist", "-v", "--tb=short", *files]
+    ran = subprocess.run(command, cwd=source, capture_output=True, text=True, check=False)
+    Path("sdk-openai.log").write_text(ran.stdout + ran.stderr)
     found = re.findall(r"^(\S+::\S+) (PASSED|FAILED|ERROR|SKIPPED)", ran.stdout, re.MULTILINE)
     return {name.removeprefix("tests/api_resources/"): result for name, result in found}
 
@@ -69,14 +65,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--source", type=Path, required=True, help="unpacked source distribution")
     parser.add_argument("--python", required=True, help="interpreter that has the package")
-    parser.add_argument("-d", action="store_true", help="print failures in full")
     options = parser.parse_args()
     python = str(Path(options.python).absolute())
     with served(app_of(FakeService(takes_any_name=True))) as address:
         results = outcomes(python, options.source, f"{address}/v1")
-    if not results:
-        print("no tests ran")
-        return 1
     listed = excepted()
 
     def is_listed(name: str) -> bool:
@@ -86,10 +78,10 @@ def main() -> int:
 
     wrong = [name for name, result in results.items() if is_listed(name) == (result == "PASSED")]
     passed = sum(result == "PASSED" for result in results.values())
-    print(f"{passed} of {len(results)} pass; {sum(map(is_listed, results))} are excepted")
-    for name in wrong:
-        print("passes, but is listed:" if is_listed(name) else "FAILS:", name)
-    return bool(wrong)
+    lines = [f"{passed} of {len(results)} pass; {sum(map(is_listed, results))} are excepted"]
+    lines += [f"{'passes, but is listed' if is_listed(n) else 'FAILS'}: {n}" for n in wrong]
+    sys.stdout.write("\n".join(lines) + "\n")
+    return int(bool(wrong) or not results)
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ class AssistantMessage(WireModel):
     """What the model said; the fields that it answers with come back without harm."""
 
     role: Literal["assistant"]
-    content: Texts | None = None
+    content: str | list[Annotated[TextPart, _served_part]] | None = None
     name: str | None = None
     tool_calls: list[Annotated[PastCall, served_tool]] | None = None
     reasoning_content: str | None = Field(

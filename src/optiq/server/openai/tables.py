@@ -82,7 +82,7 @@ def _described(kind: type[Body], path: str) -> str:
 _HEAD = """\
 # Parameters of the OpenAI routes
 
-Made from the code by `python -m optiq.server.openai.tables`. Every parameter of a body is in one of
+Made from the code by `python scripts/openai_parameters.py`. Every parameter of a body is in one of
 three tables. What is accepted without effect cannot change the answer; the header `x-optiq-ignored`
 names it. What is refused is answered with 400, whose `param` names it, and so is every key that is
 in no table. null is the same as leaving a parameter out.
