@@ -487,6 +487,16 @@ def test_thinking_of_a_model_that_cannot_is_refused():
         ({"messages": [{"role": "user", "content": "x", "y": 1}]}, "messages[0].y"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id"),
         ({"messages": [{"role": "user", "content": [{"type": "x"}]}]}, "messages[0].content[0]"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "y": 1}]}]},
+            "messages[0].content[0].y",
+        ),
+        ({"messages": [{"role": "user", "content": [{"type": []}]}]}, "messages[0].content[0]"),
+        ({"messages": [{"role": [], "content": "x"}]}, "messages[0]"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}},
+            "response_format.json_schema.name",
+        ),
         ({"messages": [{"role": "system", "content": [IMAGE]}]}, "messages[0].content[0].type"),
     ],
 )

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, ClassVar, NoReturn, TypeVar, cast
+from typing import Annotated, Any, ClassVar, Final, NoReturn, TypeVar, cast
 
 import pydantic
 from fastapi import Depends, Request
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict
 from pydantic_core import ErrorDetails
 
 from optiq.errors import RequestRejected
 from optiq.server.service import Service
 
 IGNORED_HEADER = "x-optiq-ignored"
+_ERROR_STATUSES: Final = (400, 401, 403, 404, 413, 415, 429, 500, 503, 504)
 
 
 class WireModel(BaseModel):
@@ -29,7 +30,7 @@ class Body(WireModel):
 
     Attributes:
         without_effect: keys that are accepted and cannot change the answer; a dot leads into an
-            object.
+            object, [] into the parts of a list.
         refused: keys of the protocol that are not served, with the reason. null is let through:
             it means "not given".
         refused_values: the same for values inside a body, for the documents; who refuses them is
@@ -75,6 +76,44 @@ def body_of(kind: type[Body]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": inlined}}}}
 
 
+def note_ignored(request: Request, *names: str) -> None:
+    """Name more of a request that has no effect; after `read`."""
+    request.state.ignored = sorted({*request.state.ignored, *names})
+
+
+def only(*harmless: object, reason: str) -> BeforeValidator:
+    """Refuses every value but those, for a reason; None is always harmless."""
+
+    def check(value: object) -> object:
+        if value is not None and not any(
+            type(value) is type(one) and value == one for one in harmless
+        ):
+            raise ValueError(f"{reason} (not {value!r:.80})")
+        return value
+
+    return BeforeValidator(check)
+
+
+def answers(
+    whole: type[BaseModel], error: type[BaseModel], stream: str | None = None
+) -> dict[int | str, dict[str, Any]]:
+    """What `responses` of a route says about its answers.
+
+    Args:
+        whole: the body of an answer.
+        error: the body of an error.
+        stream: media type of a streamed answer, where there is one.
+    """
+    found: dict[int | str, dict[str, Any]] = {
+        status: {"model": error} for status in _ERROR_STATUSES
+    }
+    header = {"description": "What was accepted and had no effect.", "schema": {"type": "string"}}
+    found[200] = {"model": whole, "headers": {IGNORED_HEADER: header}}
+    if stream:
+        found[200]["content"] = {stream: {"schema": {"type": "string"}}}
+    return found
+
+
 async def json_object(request: Request) -> dict[str, Any]:
     """The body as it came.
 
@@ -94,14 +133,17 @@ async def json_object(request: Request) -> dict[str, Any]:
 
 
 def rejected(error: pydantic.ValidationError, data: dict[str, Any]) -> RequestRejected:
-    """The fault of a body that lies deepest, in words.
+    """The fault of a body in words: one that a validator of ours found, else the deepest.
 
     Args:
         error: what was found.
         data: the body.
     """
     found = error.errors(include_url=False)
-    steps, first = max(((_steps(one, data), one) for one in found), key=lambda pair: len(pair[0]))
+    steps, first = max(
+        ((_steps(one, data), one) for one in found),
+        key=lambda pair: (pair[1]["type"] == "value_error", len(pair[0])),
+    )
     path = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps)
     path = path.removeprefix(".")
     if first["type"] == "extra_forbidden":
@@ -118,9 +160,13 @@ def rejected(error: pydantic.ValidationError, data: dict[str, Any]) -> RequestRe
 def _steps(error: ErrorDetails, data: Any) -> list[str | int]:  # noqa: ANN401  any JSON value
     """Where in the body a fault lies: steps that name members of unions are left out."""
     steps: list[str | int] = []
-    for i, step in enumerate(error["loc"]):
-        is_last = i == len(error["loc"]) - 1
+    loc = error["loc"]
+    for i, step in enumerate(loc):
+        is_last = i == len(loc) - 1
         if isinstance(data, dict) and step in data:
+            is_tag = step in (data.get("type"), data.get("role"))  # though a key may be named so
+            if is_tag and not is_last and loc[i + 1] in data:
+                continue
             data = data[step]
         elif isinstance(data, list) and isinstance(step, int):
             data = data[step]
@@ -131,9 +177,14 @@ def _steps(error: ErrorDetails, data: Any) -> list[str | int]:  # noqa: ANN401  
 
 
 def _is_given(data: Any, key: str) -> bool:  # noqa: ANN401  any JSON value
-    for step in key.split("."):
-        data = data.get(step) if isinstance(data, dict) else None
-    return data is not None
+    if not key:
+        return data is not None
+    if key.startswith("[]"):
+        rest = key[2:].removeprefix(".")
+        return isinstance(data, list) and any(_is_given(one, rest) for one in data)
+    step = key.split(".")[0].split("[")[0]
+    rest = key[len(step) :].removeprefix(".")
+    return isinstance(data, dict) and _is_given(data.get(step), rest)
 
 
 def _inlined(schema: Any, parts: dict[str, Any]) -> Any:  # noqa: ANN401  any part of a schema

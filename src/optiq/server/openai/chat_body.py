@@ -75,6 +75,9 @@ class ChatBody(GenerationBody):
     """A conversation to go on with."""
 
     without_effect = GenerationBody.without_effect | {
+        "messages[].parsed",
+        "messages[].tool_calls[].function.parsed_arguments",
+        "messages[].tool_calls[].index",
         "metadata",
         "prediction",
         "prompt_cache_key",

@@ -37,6 +37,7 @@ ERRORS: Final[dict[int | str, dict[str, Any]]] = {
         401: "The API key is missing or wrong.",
         403: "The host or origin is not allowed.",
         404: "There is no such model.",
+        408: "The body came too slowly.",
         413: "The body is too large.",
         415: "The body is not declared as JSON.",
         429: "The queue is full; see Retry-After.",

@@ -88,6 +88,9 @@ class CalledFunction(WireModel):
 
     name: str
     arguments: str = Field(description="JSON object.")
+    parsed_arguments: Any = Field(
+        default=None, description="What a client made of them; `arguments` is read."
+    )
 
 
 REFUSED_TOOLS: Final = {"custom": "a tool is a function with a JSON schema"}
@@ -100,6 +103,7 @@ class PastCall(WireModel):
     id: str
     type: Literal["function"]
     function: CalledFunction
+    index: int | None = Field(default=None, description="Left from a stream; the order counts.")
 
 
 class AssistantMessage(WireModel):
@@ -112,6 +116,7 @@ class AssistantMessage(WireModel):
     reasoning_content: str | None = Field(
         default=None, description="Its thinking before the answer."
     )
+    parsed: Any = Field(default=None, description="What a client made of the content.")
     refusal: None = None
     audio: None = None
     function_call: None = None
@@ -133,6 +138,16 @@ Message = Annotated[
     Field(discriminator="role"),
     refusing(REFUSED_ROLES, "message", "role"),
 ]
+
+
+# fields of messages that clients put there, or that are put elsewhere
+_CALL: Final[dict[str, Any]] = {"index": True, "function": {"parsed_arguments": True}}
+_UNREAD: Final[dict[str, Any]] = {
+    "content": True,
+    "annotations": True,
+    "parsed": True,
+    "tool_calls": {"__all__": _CALL},
+}
 
 
 class Images(Protocol):
@@ -183,7 +198,7 @@ async def conversation(messages: Sequence[Message], images: Images | None) -> Co
             urls = [(j, part.image_url) for j, part in enumerate(content) if part.type != "text"]
             pictures += [(f"messages[{i}].content[{j}].image_url.url", url) for j, url in urls]
             parts = [_part(part) for part in content]
-        turn = message.model_dump(exclude_none=True, exclude={"content", "annotations"})
+        turn = message.model_dump(exclude_none=True, exclude=_UNREAD)
         if isinstance(message, ToolMessage) and parts:
             shown += [part for part in parts if part["type"] == "image"]
             parts = [part for part in parts if part["type"] == "text"]

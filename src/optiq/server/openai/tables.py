@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, Final
+from collections.abc import Iterator, Mapping
+from typing import Any, Final, get_args
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from optiq.server.openai.chat_body import ChatBody
 from optiq.server.openai.completions import CompletionBody
@@ -69,14 +72,20 @@ def markdown() -> str:
 
 
 def _described(kind: type[Body], path: str) -> str:
-    """What is said of a field, which may lie in an object."""
-    head, _, rest = path.partition(".")
+    """What is said of a field, which may lie in a part of the body."""
+    head, *rest = path.replace("[]", "").split(".")
     field = kind.model_fields[head]
-    if not rest:
-        return field.description or ""
-    parts: tuple[Any, ...] = getattr(field.annotation, "__args__", (field.annotation,))
-    inner = next(part for part in parts if hasattr(part, "model_fields"))
-    return inner.model_fields[rest].description or ""
+    for name in rest:
+        field = next(part for part in _models(field.annotation) if name in part).pop(name)
+    return field.description or ""
+
+
+def _models(annotation: Any) -> Iterator[dict[str, FieldInfo]]:  # noqa: ANN401  any type
+    """The fields of all models that a type is made of."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield dict(annotation.model_fields)
+    for part in get_args(annotation):
+        yield from _models(part)
 
 
 _HEAD = """\
