@@ -17,6 +17,7 @@ from optiq.engine.events import (
 from optiq.engine.grammar import Grammar
 from optiq.errors import EngineFailure, RequestRejected
 from optiq.server.jobs import Piece, Said, Started, Written
+from optiq.server.openai.replies import ChatChunk, ChatCompletion
 from tests.server.apps_openai import client_of
 from tests.server.fake import CARD, FakeService, ended, piece, said
 
@@ -123,6 +124,16 @@ def test_a_stream_is_the_role_the_text_the_end_and_the_usage():
     assert chunks[-1]["choices"] == []
     assert chunks[-1]["usage"]["total_tokens"] == 5
     assert [chunk["usage"] for chunk in chunks[:-1]] == [None] * 4
+
+
+def test_chunks_are_what_the_document_says():
+    script = (Started(3), Said(0, ReasoningDelta("hm")), *CALL, *said("Yes"), ended())
+    options = {"stream_options": {"include_usage": True}, "logprobs": True, "tools": [WEATHER]}
+    for chunk in chunks_of(ask(FakeService(script), stream=True, **options)):
+        ChatChunk.model_validate(chunk, strict=True, extra="forbid")
+    body = ask(FakeService(script), **options)
+    ChatCompletion.model_validate(body.json(), strict=True, extra="forbid")
+    assert body.headers["x-optiq-ignored"] == "stream_options.include_usage"
 
 
 @pytest.mark.parametrize("options", [{}, {"stream_options": {}}, {"stream_options": None}])
@@ -253,6 +264,43 @@ def test_settings_reach_the_engine():
     job = job_of(**given, logit_bias={"12": -100}, stop="END", max_completion_tokens=9, n=1)
     assert job.sampling == given | {"logit_bias": {12: -100.0}, "stop": ("END",), "max_tokens": 9}
     assert job.choices == 1
+
+
+def test_all_that_the_openai_package_can_send_and_we_serve():
+    given = {
+        "frequency_penalty": -2,
+        "logit_bias": {"5": 0},
+        "logprobs": True,
+        "max_completion_tokens": 0,
+        "max_tokens": 0,
+        "metadata": {"foo": "string"},
+        "modalities": ["text"],
+        "n": 1,
+        "parallel_tool_calls": True,
+        "prediction": {"content": "string", "type": "content"},
+        "presence_penalty": -2,
+        "prompt_cache_key": "key",
+        "prompt_cache_options": {"mode": "implicit", "ttl": "30m"},
+        "prompt_cache_retention": "in_memory",
+        "reasoning_effort": "none",
+        "response_format": {"type": "text"},
+        "safety_identifier": "id",
+        "seed": -9007199254740991,
+        "service_tier": "auto",
+        "stop": "\n",
+        "store": True,
+        "stream": False,
+        "stream_options": {"include_obfuscation": True, "include_usage": True},
+        "temperature": 1,
+        "tool_choice": "none",
+        "tools": [WEATHER],
+        "top_logprobs": 0,
+        "top_p": 1,
+        "user": "user",
+        "verbosity": "medium",
+    }
+    message = {"content": "string", "role": "developer", "name": "name"}
+    assert job_of([message], **given).sampling["max_tokens"] == 0
 
 
 def test_what_was_not_given_is_left_to_the_checkpoint():

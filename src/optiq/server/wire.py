@@ -67,13 +67,19 @@ async def read(request: Request, kind: type[B]) -> B:
 
 def body_of(kind: type[Body]) -> dict[str, Any]:
     """What `openapi_extra` of a route says about its body, which `read` reads."""
-    schema = kind.model_json_schema()
+    schema = schema_of(kind)
     schema["properties"] |= {
         key: {"type": "null", "description": f"Refused: {reason}"}
         for key, reason in kind.refused.items()
     }
-    inlined = _inlined(schema, schema.pop("$defs", {}))
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": inlined}}}}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def schema_of(kind: type[BaseModel]) -> dict[str, Any]:
+    """The schema of a model without references: an operation has no place for definitions."""
+    schema = kind.model_json_schema()
+    inlined: dict[str, Any] = _inlined(schema, schema.pop("$defs", {}))
+    return inlined
 
 
 def note_ignored(request: Request, *names: str) -> None:
@@ -188,7 +194,6 @@ def _is_given(data: Any, key: str) -> bool:  # noqa: ANN401  any JSON value
 
 
 def _inlined(schema: Any, parts: dict[str, Any]) -> Any:  # noqa: ANN401  any part of a schema
-    """A schema without references: an operation of OpenAPI has no place for definitions."""
     if isinstance(schema, list):
         return [_inlined(one, parts) for one in schema]
     if not isinstance(schema, dict):

@@ -14,7 +14,7 @@ from optiq.server.openai.chat_stream import ChatStream
 from optiq.server.openai.messages import conversation
 from optiq.server.openai.routes import card_of, documented
 from optiq.server.respond import Choice, collected, streamed
-from optiq.server.wire import Engine, read
+from optiq.server.wire import Engine, note_ignored, read
 
 router = APIRouter(tags=["OpenAI"])
 
@@ -27,6 +27,8 @@ router = APIRouter(tags=["OpenAI"])
 async def create_chat_completion(request: Request, engine: Engine) -> Response:
     """Go on with a conversation."""
     body = await read(request, ChatBody)
+    if body.reports_usage and not body.stream:
+        note_ignored(request, "stream_options.include_usage")  # a whole answer always has it
     card = card_of(engine, body.model)
     images = request.app.state.images if card.vision else None
     job = job_of(body, card, await conversation(body.messages, images))

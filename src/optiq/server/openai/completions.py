@@ -19,7 +19,7 @@ from optiq.server.openai.parameters import Count, GenerationBody, TokenId, gramm
 from optiq.server.openai.routes import card_of, documented
 from optiq.server.respond import collected, streamed
 from optiq.server.service import Service
-from optiq.server.wire import Engine, read
+from optiq.server.wire import Engine, note_ignored, read
 
 router = APIRouter(tags=["OpenAI"])
 
@@ -70,6 +70,8 @@ class CompletionBody(GenerationBody):
 async def create_completion(request: Request, engine: Engine) -> Response:
     """Go on with one text or several."""
     body = await read(request, CompletionBody)
+    if body.reports_usage and not body.stream:
+        note_ignored(request, "stream_options.include_usage")  # a whole answer always has it
     if body.best_of not in {None, body.n or 1}:
         raise RequestRejected(
             f"best_of: {body.best_of} answers are not ranked; ask for n and choose", param="best_of"

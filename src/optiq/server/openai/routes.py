@@ -10,7 +10,7 @@ from optiq.errors import RequestRejected
 from optiq.server.jobs import ModelCard
 from optiq.server.openai.errors import ERRORS
 from optiq.server.service import Service
-from optiq.server.wire import IGNORED_HEADER, Body, body_of
+from optiq.server.wire import IGNORED_HEADER, Body, body_of, schema_of
 
 
 def documented(kind: type[Body], chunk: type[BaseModel] | None = None) -> dict[str, Any]:
@@ -29,12 +29,13 @@ def documented(kind: type[Body], chunk: type[BaseModel] | None = None) -> dict[s
         }
     }
     if chunk is not None:
-        schema = {"type": "string", "contentMediaType": "application/json"}
-        event = {"type": "object", "properties": {"data": schema}, "required": ["data"]}
-        answer["description"] = (
-            "The answer; with `stream`, events whose data is "
-            f"{' '.join(chunk.__name__.split())} as JSON, at last `[DONE]`."
-        )
+        data = {
+            "type": "string",
+            "contentMediaType": "application/json",
+            "contentSchema": schema_of(chunk),
+        }
+        event = {"type": "object", "properties": {"data": data}, "required": ["data"]}
+        answer["description"] = "The answer; with `stream`, events, of which the last is `[DONE]`."
         answer["content"] = {"text/event-stream": {"itemSchema": event}}
     return {"openapi_extra": body_of(kind), "responses": ERRORS | {200: answer}}
 
