@@ -3,14 +3,15 @@
 import base64
 import json
 
-import httpx
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
+from starlette.testclient import TestClient
 
 from optiq.errors import OptiqError, RequestRejected
 from optiq.server import anthropic, ollama
 from optiq.server.openai import responses
 from optiq.server.wire import IGNORED_HEADER
+from tests.server.fake import FakeService
 
 
 class Pictures:
@@ -59,10 +60,9 @@ def app_of(service):
     return app
 
 
-def client_of(service):
-    """An HTTP client of an application around a service."""
-    transport = httpx.ASGITransport(app_of(service))
-    return httpx.AsyncClient(transport=transport, base_url="http://server")
+def client_of(service=None):
+    """A client of an application around a service."""
+    return TestClient(app_of(service or FakeService()), raise_server_exceptions=False)
 
 
 def events_of(text):

@@ -37,7 +37,7 @@ from optiq.server.ollama_body import (
 )
 from optiq.server.respond import replies, settled, streamed
 from optiq.server.service import Service
-from optiq.server.wire import Engine, answers, body_schema, note_ignored, read
+from optiq.server.wire import Engine, answers, body_of, read
 
 router = APIRouter(tags=["ollama"])
 _NDJSON: Final = "application/x-ndjson"
@@ -111,8 +111,7 @@ class VersionOut(BaseModel):
 # -- a body -> a job -------------------------------------------------------------------------------
 
 
-async def _job(
-    request: Request,
+def _job(
     service: Service,
     body: OllamaBody,
     **prompt: Any,  # noqa: ANN401
@@ -123,8 +122,6 @@ async def _job(
     if thinking:
         check_can_think(service, model, "think")
     options = body.options or Options()
-    given = sorted(key for key in Options.without_effect if getattr(options, key) is not None)
-    note_ignored(request, *(f"options.{key}" for key in given))
     return GenerateJob(
         model,
         thinking=thinking,
@@ -318,12 +315,11 @@ async def _answer(
     "/api/chat",
     response_model=None,
     responses=answers(OllamaAnswer, OllamaErrorOut, _NDJSON),
-    openapi_extra=body_schema(ChatBody),
+    openapi_extra=body_of(ChatBody),
 )
 async def chat(request: Request, service: Engine) -> Response:
     """Go on with a conversation."""
     body = await read(request, ChatBody)
-    pictures = [image for message in body.messages for image in message.images or ()]
     tools = tuple(
         function(
             tool.function.name,
@@ -333,14 +329,14 @@ async def chat(request: Request, service: Engine) -> Response:
         )
         for tool in body.tools or ()
     )
-    job = await _job(
-        request,
+    job = _job(
         service,
         body,
         prompt=tuple(_messages(body.messages)),
-        images=await fetched(request, map(data_url, pictures)),
         tools=tools,
     )
+    pictures = [image for message in body.messages for image in message.images or ()]
+    job = dataclasses.replace(job, images=await fetched(request, map(data_url, pictures)))
     return await _answer(request, service, body, job, chat=True)
 
 
@@ -348,12 +344,11 @@ async def chat(request: Request, service: Engine) -> Response:
     "/api/generate",
     response_model=None,
     responses=answers(OllamaAnswer, OllamaErrorOut, _NDJSON),
-    openapi_extra=body_schema(GenerateBody),
+    openapi_extra=body_of(GenerateBody),
 )
 async def generate(request: Request, service: Engine) -> Response:
     """Answer one prompt, or go on with raw text."""
     body = await read(request, GenerateBody)
-    images = await fetched(request, map(data_url, body.images or ()))
     prompt: str | tuple[dict[str, Any], ...] = body.prompt
     if not body.raw:
         turns: list[dict[str, Any]] = []
@@ -363,7 +358,9 @@ async def generate(request: Request, service: Engine) -> Response:
         prompt = tuple(turns)
     elif body.system or body.think not in {None, False}:
         raise RequestRejected("raw: raw text has no system and no thinking", param="raw")
-    job = await _job(request, service, body, prompt=prompt, images=images)
+    job = _job(service, body, prompt=prompt)
+    images = await fetched(request, map(data_url, body.images or ()))
+    job = dataclasses.replace(job, images=images)
     return await _answer(request, service, body, job, chat=False)
 
 
@@ -394,7 +391,7 @@ async def version() -> Response:
     "/api/show",
     response_model=None,
     responses=answers(ShowOut, OllamaErrorOut),
-    openapi_extra=body_schema(ShowBody),
+    openapi_extra=body_of(ShowBody),
 )
 async def show(request: Request, service: Engine) -> Response:
     """What is known of a model."""

@@ -65,24 +65,6 @@ class OllamaTool(WireModel):
 class Options(WireModel):
     """How tokens are chosen; what is about memory and threads has no effect."""
 
-    without_effect: ClassVar[frozenset[str]] = frozenset(
-        {
-            "f16_kv",
-            "logits_all",
-            "low_vram",
-            "main_gpu",
-            "num_batch",
-            "num_ctx",
-            "num_gpu",
-            "num_keep",
-            "num_thread",
-            "numa",
-            "use_mlock",
-            "use_mmap",
-            "vocab_only",
-        }
-    )
-
     temperature: float | None = Field(default=None, ge=0)
     top_p: float | None = Field(default=None, ge=0, le=1)
     top_k: int | None = Field(default=None, ge=0, lt=2**31)
@@ -122,7 +104,26 @@ class Options(WireModel):
 class OllamaBody(Body):
     """What both ways to generate read."""
 
-    without_effect: ClassVar[frozenset[str]] = frozenset({"keep_alive"})
+    without_effect: ClassVar[frozenset[str]] = frozenset(
+        {
+            "keep_alive",
+            "options.f16_kv",
+            "options.logits_all",
+            "options.low_vram",
+            "options.main_gpu",
+            "options.mirostat_eta",
+            "options.mirostat_tau",
+            "options.num_batch",
+            "options.num_ctx",
+            "options.num_gpu",
+            "options.num_keep",
+            "options.num_thread",
+            "options.numa",
+            "options.use_mlock",
+            "options.use_mmap",
+            "options.vocab_only",
+        }
+    )
 
     model: str
     stream: bool | None = Field(default=None, description="true unless it is false")

@@ -2,40 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Final, TypeVar, cast
+import json
+from typing import Annotated, Any, ClassVar, Final, NoReturn, TypeVar, cast
 
 import pydantic
 from fastapi import Depends, Request
 from pydantic import BaseModel, BeforeValidator, ConfigDict
-from pydantic_core import PydanticCustomError
+from pydantic_core import ErrorDetails
 
 from optiq.errors import RequestRejected
 from optiq.server.service import Service
 
 IGNORED_HEADER = "x-optiq-ignored"
-ERROR_STATUSES: Final = (400, 401, 403, 404, 413, 415, 429, 500, 503, 504)
-_NOT_SERVED: Final = "not_served"
-_TYPE_NAMES: Final = frozenset({"str", "int", "float", "bool", "dict", "constrained-str"})
+_ERROR_STATUSES: Final = (400, 401, 403, 404, 413, 415, 429, 500, 503, 504)
 
 
 class WireModel(BaseModel):
     """A part of a body. Unknown keys are refused; numbers and texts are not turned into others."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", strict=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class Body(WireModel):
     """The body of a request.
 
     Attributes:
-        without_effect: keys that are accepted and cannot change the answer.
-        refused: keys of the protocol that are not served, with the reason; the values that mean
-            "not used" are let through by a validator of the route.
+        without_effect: keys that are accepted and cannot change the answer; a dot leads into an
+            object.
+        refused: keys of the protocol that are not served, with the reason. null is let through:
+            it means "not given".
+        refused_values: the same for values inside a body, for the documents; who refuses them is
+            a validator of the route.
     """
 
     without_effect: ClassVar[frozenset[str]] = frozenset()
     refused: ClassVar[dict[str, str]] = {}
+    refused_values: ClassVar[dict[str, str]] = {}
 
 
 B = TypeVar("B", bound=Body)
@@ -50,17 +54,64 @@ async def read(request: Request, kind: type[B]) -> B:
         RequestRejected: 400 naming the parameter, if the body is not what the route takes.
     """
     data = await json_object(request)
-    for key in data.keys() & kind.refused.keys():
-        if data[key] is not None:
+    for key, value in data.items():
+        if key in kind.refused and value is not None:
             raise RequestRejected(f"{key}: {kind.refused[key]}", param=key)
     data = {key: value for key, value in data.items() if key not in kind.refused}
-    request.state.ignored = sorted(
-        key for key in data.keys() & kind.without_effect if data[key] is not None
-    )
+    request.state.ignored = sorted(key for key in kind.without_effect if _is_given(data, key))
     try:
         return kind.model_validate(data)
     except pydantic.ValidationError as error:
         raise rejected(error, data) from None
+
+
+def body_of(kind: type[Body]) -> dict[str, Any]:
+    """What `openapi_extra` of a route says about its body, which `read` reads."""
+    schema = kind.model_json_schema()
+    schema["properties"] |= {
+        key: {"type": "null", "description": f"Refused: {reason}"}
+        for key, reason in kind.refused.items()
+    }
+    inlined = _inlined(schema, schema.pop("$defs", {}))
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": inlined}}}}
+
+
+def note_ignored(request: Request, *names: str) -> None:
+    """Name more of a request that has no effect; after `read`."""
+    request.state.ignored = sorted({*request.state.ignored, *names})
+
+
+def only(*harmless: object, reason: str) -> BeforeValidator:
+    """Refuses every value but those, for a reason; None is always harmless."""
+
+    def check(value: object) -> object:
+        if value is not None and not any(
+            type(value) is type(one) and value == one for one in harmless
+        ):
+            raise ValueError(f"{reason} (not {value!r:.80})")
+        return value
+
+    return BeforeValidator(check)
+
+
+def answers(
+    whole: type[BaseModel], error: type[BaseModel], stream: str | None = None
+) -> dict[int | str, dict[str, Any]]:
+    """What `responses` of a route says about its answers.
+
+    Args:
+        whole: the body of an answer.
+        error: the body of an error.
+        stream: media type of a streamed answer, where there is one.
+    """
+    found: dict[int | str, dict[str, Any]] = {
+        status: {"model": error} for status in _ERROR_STATUSES
+    }
+    header = {"description": "What was accepted and had no effect.", "schema": {"type": "string"}}
+    found[200] = {"model": whole, "headers": {IGNORED_HEADER: header}}
+    if stream:
+        found[200]["content"] = {stream: {"schema": {"type": "string"}}}
+    return found
 
 
 async def json_object(request: Request) -> dict[str, Any]:
@@ -69,8 +120,11 @@ async def json_object(request: Request) -> dict[str, Any]:
     Raises:
         RequestRejected: 400, if it is no JSON object.
     """
+    raw = await request.body()
     try:
-        data = await request.json()
+        data = json.loads(raw, parse_constant=_no_constant)
+        if b"\\u" in raw:  # an escape can name half a character, which is no text
+            json.dumps(data, ensure_ascii=False).encode()
     except (ValueError, RecursionError):
         raise RequestRejected("the body is not JSON; send one JSON object") from None
     if not isinstance(data, dict):
@@ -78,111 +132,70 @@ async def json_object(request: Request) -> dict[str, Any]:
     return cast("dict[str, Any]", data)
 
 
-def note_ignored(request: Request, *names: str) -> None:
-    """Name more of a request that has no effect; after `read`."""
-    request.state.ignored = sorted({*request.state.ignored, *names})
-
-
-def rejected(error: pydantic.ValidationError, data: object = None) -> RequestRejected:
-    """The most exact fault of a body, in words.
+def rejected(error: pydantic.ValidationError, data: dict[str, Any]) -> RequestRejected:
+    """The fault of a body in words: one that a validator of ours found, else the deepest.
 
     Args:
         error: what was found.
-        data: the body, which tells its keys from names of types.
+        data: the body.
     """
-    faults = error.errors(include_url=False, include_context=False)
-    fault = max(faults, key=lambda one: (one["type"] == _NOT_SERVED, len(one["loc"])))
-    path = ".".join(_keys(fault["loc"], data))
-    if fault["type"] == "extra_forbidden":
-        return RequestRejected(f"unknown parameter {path!r}; leave it out", param=path)
-    seen = repr(fault["input"])[:80]
-    return RequestRejected(f"{path or 'body'}: {fault['msg']} (not {seen})", param=path or None)
-
-
-def _keys(steps: Sequence[int | str], data: object) -> list[str]:
-    """The keys of a path of pydantic's, which has names of types and tags of unions in it."""
-    keys: list[str] = []
-    here, tagged = data, False
-    for step in steps:
-        if (
-            not tagged
-            and isinstance(here, Mapping)
-            and step in {here.get("type"), here.get("role")}
-        ):
-            tagged = True
-        elif not _is_type_name(step):
-            keys.append(str(step))
-            here, tagged = _below(here, step), False
-    return keys
-
-
-def _below(value: object, key: int | str) -> object:
-    try:
-        return cast("Any", value)[key]
-    except (LookupError, TypeError):
-        return None
-
-
-def _is_type_name(part: object) -> bool:
-    """Whether a step of a path names the member of a union that was tried, not a key."""
-    return isinstance(part, str) and (
-        part[:1].isupper() or "[" in part or "-" in part or part in _TYPE_NAMES
+    found = error.errors(include_url=False)
+    steps, first = max(
+        ((_steps(one, data), one) for one in found),
+        key=lambda pair: (pair[1]["type"] == "value_error", len(pair[0])),
     )
+    path = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps)
+    path = path.removeprefix(".")
+    if first["type"] == "extra_forbidden":
+        return RequestRejected(f"unknown parameter {path!r}; leave it out", param=path)
+    if first["type"] == "value_error":
+        message = str(first["ctx"]["error"])
+        return RequestRejected(f"{path}: {message}" if path else message, param=path or None)
+    if first["type"] == "missing":
+        return RequestRejected(f"{path} is missing; give it", param=path)
+    seen = repr(first["input"])[:80]
+    return RequestRejected(f"{path or 'body'}: {first['msg']} (not {seen})", param=path or None)
 
 
-def only(*harmless: object, reason: str) -> BeforeValidator:
-    """Refuses every value but those, for a reason; None is always harmless."""
+def _steps(error: ErrorDetails, data: Any) -> list[str | int]:  # noqa: ANN401  any JSON value
+    """Where in the body a fault lies: steps that name members of unions are left out."""
+    steps: list[str | int] = []
+    tagged = False
+    for i, step in enumerate(error["loc"]):
+        is_last = i == len(error["loc"]) - 1
+        if not tagged and isinstance(data, dict) and step in {data.get("type"), data.get("role")}:
+            tagged = True  # the union that this object is a member of, though a key may be named so
+            continue
+        if isinstance(data, dict) and step in data:
+            data, tagged = data[step], False
+        elif isinstance(data, list) and isinstance(step, int):
+            data, tagged = data[step], False
+        elif not (is_last and error["type"] == "missing"):
+            continue
+        steps.append(step)
+    return steps
 
-    def check(value: object) -> object:
-        if value is not None and not any(value is one or value == one for one in harmless):
-            raise PydanticCustomError(_NOT_SERVED, "{reason}", {"reason": reason})
-        return value
 
-    return BeforeValidator(check)
-
-
-def body_schema(kind: type[BaseModel]) -> dict[str, Any]:
-    """What a route says about its body in openapi.json."""
-    schema = kind.model_json_schema()
-    definitions = schema.pop("$defs", {})
-    content = {"application/json": {"schema": _inlined(schema, definitions)}}
-    return {"requestBody": {"required": True, "content": content}}
+def _is_given(data: Any, key: str) -> bool:  # noqa: ANN401  any JSON value
+    for step in key.split("."):
+        data = data.get(step) if isinstance(data, dict) else None
+    return data is not None
 
 
-def _inlined(schema: Any, definitions: Mapping[str, Any]) -> Any:  # noqa: ANN401  any JSON value
-    """A schema with what it refers to written in place."""
+def _inlined(schema: Any, parts: dict[str, Any]) -> Any:  # noqa: ANN401  any part of a schema
+    """A schema without references: an operation of OpenAPI has no place for definitions."""
     if isinstance(schema, list):
-        return [_inlined(one, definitions) for one in schema]
+        return [_inlined(one, parts) for one in schema]
     if not isinstance(schema, dict):
         return schema
     if "$ref" in schema:
-        return _inlined(definitions[schema["$ref"].removeprefix("#/$defs/")], definitions)
-    return {
-        key: _inlined(value, definitions)
-        for key, value in schema.items()
-        if not (key == "discriminator" and isinstance(value, dict))
-    }
+        rest = {key: value for key, value in schema.items() if key != "$ref"}
+        return _inlined(parts[schema["$ref"].rpartition("/")[2]] | rest, parts)
+    return {key: _inlined(value, parts) for key, value in schema.items() if key != "discriminator"}
 
 
-def answers(
-    whole: type[BaseModel], error: type[BaseModel], stream: str | None = None
-) -> dict[int | str, dict[str, Any]]:
-    """What a route says about its answers in openapi.json.
-
-    Args:
-        whole: the body of an answer.
-        error: the body of an error.
-        stream: media type of a streamed answer, where there is one.
-    """
-    found: dict[int | str, dict[str, Any]] = {status: {"model": error} for status in ERROR_STATUSES}
-    headers = {IGNORED_HEADER: {"description": _IGNORED, "schema": {"type": "string"}}}
-    found[200] = {"model": whole, "headers": headers}
-    if stream:
-        found[200]["content"] = {stream: {"schema": {"type": "string"}}}
-    return found
-
-
-_IGNORED: Final = "parameters that were accepted and cannot change the answer, with commas between"
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON")
 
 
 def service_of(request: Request) -> Service:

@@ -226,7 +226,7 @@ class CountBody(Body):
     """What `/v1/messages/count_tokens` reads."""
 
     without_effect: ClassVar[frozenset[str]] = frozenset(
-        {"cache_control", "speed", "user_profile_id", "workspace_id"}
+        {"billing_policy", "cache_control", "speed", "user_profile_id", "workspace_id"}
     )
     refused: ClassVar[dict[str, str]] = {
         "compaction": "conversations are not shortened; send what the model is to read",
@@ -242,6 +242,7 @@ class CountBody(Body):
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
+    billing_policy: dict[str, Any] | None = None
     cache_control: CacheControl | None = None
     speed: Literal["standard", "fast"] | None = None
     user_profile_id: str | None = None
@@ -252,7 +253,6 @@ class MessagesBody(CountBody):
     """What `/v1/messages` reads."""
 
     without_effect: ClassVar[frozenset[str]] = CountBody.without_effect | {
-        "billing_policy",
         "diagnostics",
         "inference_geo",
         "metadata",
@@ -271,7 +271,6 @@ class MessagesBody(CountBody):
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, ge=0, le=1)
     top_k: int | None = Field(default=None, ge=0, lt=2**31)
-    billing_policy: dict[str, Any] | None = None
     diagnostics: dict[str, Any] | None = None
     inference_geo: str | None = None
     metadata: dict[str, Any] | None = None

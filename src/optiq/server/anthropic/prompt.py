@@ -174,7 +174,7 @@ class Conversation:
         if body.system:
             made._add("system", made._parts(body.system))
         for i, turn in enumerate(body.messages):
-            made._turn(turn, f"messages.{i}")
+            made._turn(turn, f"messages[{i}]")
         if made.messages and made.messages[-1].get("tool_calls"):
             raise RequestRejected(
                 "messages: the last one calls a tool; send its tool_result in a user message",
@@ -198,7 +198,7 @@ class Conversation:
         spoken: list[TextBlock | ImageBlock] = []
         for i, block in enumerate(blocks):
             if isinstance(block, ToolResultBlock):
-                spoken += self._result(block, f"{where}.content.{i}")
+                spoken += self._result(block, f"{where}.content[{i}]")
             else:
                 spoken.append(block)
         if spoken or not blocks:

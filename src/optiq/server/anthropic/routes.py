@@ -12,7 +12,7 @@ from optiq.server.anthropic.prompt import job_of
 from optiq.server.asking import card_of
 from optiq.server.jobs import CountJob
 from optiq.server.respond import replies, settled, streamed
-from optiq.server.wire import Engine, answers, body_schema, read
+from optiq.server.wire import Engine, answers, body_of, read
 
 router = APIRouter(tags=["anthropic"])
 
@@ -21,7 +21,7 @@ router = APIRouter(tags=["anthropic"])
     "/v1/messages",
     response_model=None,
     responses=answers(MessageOut, ErrorOut, "text/event-stream"),
-    openapi_extra=body_schema(MessagesBody),
+    openapi_extra=body_of(MessagesBody),
 )
 async def create_message(request: Request, service: Engine) -> Response:
     """Go on with a conversation."""
@@ -44,7 +44,7 @@ async def create_message(request: Request, service: Engine) -> Response:
     "/v1/messages/count_tokens",
     response_model=None,
     responses=answers(CountOut, ErrorOut),
-    openapi_extra=body_schema(CountBody),
+    openapi_extra=body_of(CountBody),
 )
 async def count_tokens(request: Request, service: Engine) -> Response:
     """Count the tokens that the prompt of a message would have."""

@@ -10,7 +10,7 @@ from optiq.server.openai.responses_answer import ResponseOut, ResponsesErrorOut,
 from optiq.server.openai.responses_body import ResponsesBody
 from optiq.server.openai.responses_prompt import job_of
 from optiq.server.respond import replies, settled, streamed
-from optiq.server.wire import Engine, answers, body_schema, read
+from optiq.server.wire import Engine, answers, body_of, read
 
 router = APIRouter(tags=["openai"])
 
@@ -19,7 +19,7 @@ router = APIRouter(tags=["openai"])
     "/v1/responses",
     response_model=None,
     responses=answers(ResponseOut, ResponsesErrorOut, "text/event-stream"),
-    openapi_extra=body_schema(ResponsesBody),
+    openapi_extra=body_of(ResponsesBody),
 )
 async def create_response(request: Request, service: Engine) -> Response:
     """Go on with a conversation."""

@@ -208,9 +208,12 @@ class ResponsesBody(Body):
             "prompt_cache_key",
             "prompt_cache_options",
             "prompt_cache_retention",
+            "reasoning.generate_summary",
+            "reasoning.summary",
             "safety_identifier",
             "service_tier",
             "store",
+            "stream_options.include_obfuscation",
             "user",
         }
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Final
 
 from fastapi import Request
@@ -64,7 +64,8 @@ async def job_of(request: Request, service: Service, body: ResponsesBody) -> Gen
     thinking = effort not in {None, "none"}
     if thinking:
         check_can_think(service, model, "reasoning.effort")
-    note_ignored(request, *_without_effect(body, conversation))
+    if conversation.unread:
+        note_ignored(request, "input.encrypted_content")
     tools, choice, named = _tools(body)
     return GenerateJob(
         model,
@@ -80,16 +81,6 @@ async def job_of(request: Request, service: Service, body: ResponsesBody) -> Gen
         grammar=_grammar(body),
         sampling=_sampling(body),
     )
-
-
-def _without_effect(body: ResponsesBody, conversation: Conversation) -> Iterable[str]:
-    reasoning = body.reasoning
-    if reasoning and (reasoning.summary or reasoning.generate_summary):
-        yield "reasoning.summary"
-    if body.stream_options and body.stream_options.include_obfuscation:
-        yield "stream_options.include_obfuscation"
-    if conversation.unread:
-        yield "input.encrypted_content"
 
 
 def _sampling(body: ResponsesBody) -> dict[str, Any]:
@@ -181,7 +172,7 @@ class Conversation:
             made._add("system", body.instructions)
         if isinstance(body.input, list):
             for i, item in enumerate(body.input):
-                made._item(item, f"input.{i}")
+                made._item(item, f"input[{i}]")
             made._show()
         else:
             made._add("user", body.input or "")
