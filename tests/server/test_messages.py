@@ -97,7 +97,7 @@ def test_blocks_stand_in_the_order_in_which_the_model_wrote_them():
 
 
 def test_events_come_in_anthropics_order():
-    _, answer = asked(body(stream=True), FakeService(EVERYTHING))
+    _, answer = asked(body(stream=True), FakeService(EVERYTHING, cards=(DRAFTED,)))
     kinds = [event["type"] for event in events_of(answer.text)]
     block = ["content_block_start", "content_block_delta", "content_block_delta"]
     assert (
@@ -123,6 +123,9 @@ def test_events_come_in_anthropics_order():
         for event in events_of(answer.text)
         if "index" in event and "delta" in event
     ]
+    start = events_of(answer.text)[0]["message"]
+    assert start["usage"]["input_tokens"] == USAGE.prompt_tokens
+    assert "draft" not in start["usage"]  # clients would keep it
     assert deltas[:4] == ["thinking_delta", "thinking_delta", "signature_delta", "text_delta"]
     assert answer.headers["content-type"].startswith("text/event-stream")
 

@@ -9,6 +9,7 @@ from pydantic import Field
 from optiq.server.wire import Body, WireModel, only
 
 _IGNORED = "without effect"
+_ONE = only(1.0, 1, reason="use min_p")
 _PENALTY = "the penalties look at the whole text"
 
 Think = bool | Literal["low", "medium", "high", "max"] | None
@@ -81,8 +82,8 @@ class Options(WireModel):
     penalize_newline: Annotated[
         Literal[True] | None, only(True, reason="line breaks are tokens as all others")
     ] = None
-    tfs_z: Annotated[Literal[1] | None, only(1, reason="use min_p")] = None
-    typical_p: Annotated[Literal[1] | None, only(1, reason="use min_p")] = None
+    tfs_z: Annotated[float | None, _ONE] = Field(default=None, ge=1, le=1)
+    typical_p: Annotated[float | None, _ONE] = Field(default=None, ge=1, le=1)
     mirostat: Annotated[Literal[0] | None, only(0, reason="use min_p")] = None
     mirostat_eta: float | None = Field(default=None, description=_IGNORED)
     mirostat_tau: float | None = Field(default=None, description=_IGNORED)

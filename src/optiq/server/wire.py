@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Annotated, Any, ClassVar, Final, NoReturn, TypeVar, cast
 
@@ -81,17 +82,29 @@ def note_ignored(request: Request, *names: str) -> None:
     request.state.ignored = sorted({*request.state.ignored, *names})
 
 
-def only(*harmless: object, reason: str) -> BeforeValidator:
-    """Refuses every value but those, for a reason; None is always harmless."""
+@dataclasses.dataclass(frozen=True)
+class Only:
+    """Refuses every value but some, for a reason; None is always let through."""
 
-    def check(value: object) -> object:
+    harmless: tuple[object, ...]
+    reason: str
+
+    def __call__(self, value: object) -> object:
+        """The value, if it is let through."""
         if value is not None and not any(
-            type(value) is type(one) and value == one for one in harmless
+            type(value) is type(one) and value == one for one in self.harmless
         ):
-            raise ValueError(f"{reason} (not {value!r:.80})")
+            raise ValueError(f"{self.reason} (not {value!r:.80})")
         return value
 
-    return BeforeValidator(check)
+    def __str__(self) -> str:
+        """For the documents."""
+        return f"{json.dumps(self.harmless[0])} alone: {self.reason}"
+
+
+def only(*harmless: object, reason: str) -> BeforeValidator:
+    """`Only` as a part of an annotation; the first value stands for all in the documents."""
+    return BeforeValidator(Only(harmless, reason))
 
 
 def answers(

@@ -150,7 +150,7 @@ class MessageWriter:
             "content": [],
             "stop_reason": None,
             "stop_sequence": None,
-            "usage": self._usage(Usage(prompt_tokens=started.prompt_tokens)),
+            "usage": self._counts(Usage(prompt_tokens=started.prompt_tokens)),
         }
         first = {**self.message, "content": []}
         return [{"type": "message_start", "message": first}, {"type": "ping"}]
@@ -233,14 +233,17 @@ class MessageWriter:
             return "tool_use"
         return "end_turn" if finished.stop is None else "stop_sequence"
 
-    def _usage(self, usage: Usage) -> dict[str, Any]:
-        out: dict[str, Any] = {
+    def _counts(self, usage: Usage) -> dict[str, Any]:
+        return {
             "input_tokens": usage.prompt_tokens - usage.cached_tokens,
             "cache_read_input_tokens": usage.cached_tokens,
             "cache_creation_input_tokens": 0,
             "output_tokens": usage.completion_tokens,
             "output_tokens_details": {"thinking_tokens": usage.reasoning_tokens},
         }
+
+    def _usage(self, usage: Usage) -> dict[str, Any]:
+        out = self._counts(usage)
         if self.drafts:
             draft = {"proposed": usage.drafted_tokens, "accepted": usage.accepted_tokens}
             out["draft"] = draft

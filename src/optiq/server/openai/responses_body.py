@@ -165,7 +165,7 @@ class JsonSchemaFormat(WireModel):
     name: str
     schema_: dict[str, Any] = Field(alias="schema")
     description: str | None = Field(default=None, description=_IGNORED)
-    strict: bool | None = Field(default=None, description=_IGNORED)
+    strict: bool | None = Field(default=None, description="either way the schema is kept to")
 
 
 Format = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
@@ -213,6 +213,7 @@ class ResponsesBody(Body):
             "safety_identifier",
             "service_tier",
             "store",
+            "text.format.description",
             "stream_options.include_obfuscation",
             "user",
         }
