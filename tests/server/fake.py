@@ -91,21 +91,19 @@ class FakeService:
         script: what every generation replies, or a function of the job that gives it.
         jobs: what it was asked, in order.
         streams: what it answered with.
-        takes_any_name: every model's name means the first, as `--alias '*'` has it.
     """
 
     script: object = default
     jobs: list = dataclasses.field(default_factory=list)
     streams: list = dataclasses.field(default_factory=list)
     cards: tuple = (CARD,)
-    takes_any_name: bool = False
 
     def models(self):
         return self.cards
 
     def resolve(self, name):
         names = [card.name for card in self.cards]
-        if self.takes_any_name or name in {None, "default_model"}:
+        if name in {None, "default_model"}:
             return names[0]
         if name not in names:
             raise RequestRejected(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Annotated, Any, ClassVar, Final, NoReturn, TypeVar, cast
 
@@ -87,17 +88,29 @@ def note_ignored(request: Request, *names: str) -> None:
     request.state.ignored = sorted({*request.state.ignored, *names})
 
 
-def only(*harmless: object, reason: str) -> BeforeValidator:
-    """Refuses every value but those, for a reason; None is always harmless."""
+@dataclasses.dataclass(frozen=True)
+class Only:
+    """Refuses every value but some, for a reason; None is always let through."""
 
-    def check(value: object) -> object:
+    harmless: tuple[object, ...]
+    reason: str
+
+    def __call__(self, value: object) -> object:
+        """The value, if it is let through."""
         if value is not None and not any(
-            type(value) is type(one) and value == one for one in harmless
+            type(value) is type(one) and value == one for one in self.harmless
         ):
-            raise ValueError(f"{reason} (not {value!r:.80})")
+            raise ValueError(f"{self.reason} (not {value!r:.80})")
         return value
 
-    return BeforeValidator(check)
+    def __str__(self) -> str:
+        """For the documents."""
+        return f"{json.dumps(self.harmless[0])} alone: {self.reason}"
+
+
+def only(*harmless: object, reason: str) -> BeforeValidator:
+    """`Only` as a part of an annotation; the first value stands for all in the documents."""
+    return BeforeValidator(Only(harmless, reason))
 
 
 def answers(
@@ -170,9 +183,9 @@ def _steps(error: ErrorDetails, data: Any) -> list[str | int]:  # noqa: ANN401  
     for i, step in enumerate(loc):
         is_last = i == len(loc) - 1
         if isinstance(data, dict) and step in data:
-            is_tag = step in (data.get("type"), data.get("role"))  # though a key may be named so
-            if is_tag and not is_last and loc[i + 1] in data:
-                continue
+            inside = isinstance(data[step], dict | list) and (is_last or loc[i + 1] not in data)
+            if step in (data.get("type"), data.get("role")) and not (is_last or inside):
+                continue  # the union that this object is a member of, though a key is named so
             data = data[step]
         elif isinstance(data, list) and isinstance(step, int):
             data = data[step]
