@@ -176,7 +176,7 @@ def _steps(error: ErrorDetails, data: Any) -> list[str | int]:  # noqa: ANN401  
     tagged = False
     for i, step in enumerate(error["loc"]):
         is_last = i == len(error["loc"]) - 1
-        if not tagged and isinstance(data, dict) and step in {data.get("type"), data.get("role")}:
+        if not tagged and isinstance(data, dict) and step in _tags(data):
             tagged = True  # the union that this object is a member of, though a key may be named so
             continue
         if isinstance(data, dict) and step in data:
@@ -187,6 +187,11 @@ def _steps(error: ErrorDetails, data: Any) -> list[str | int]:  # noqa: ANN401  
             continue
         steps.append(step)
     return steps
+
+
+def _tags(data: dict[str, Any]) -> list[str]:
+    """What tells an object apart from others that may stand in its place."""
+    return [data[key] for key in ("type", "role") if isinstance(data.get(key), str)]
 
 
 def _is_given(data: Any, key: str) -> bool:  # noqa: ANN401  any JSON value
