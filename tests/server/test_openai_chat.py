@@ -377,6 +377,9 @@ def test_thinking(given, thinks):
 def test_a_budget_of_thinking():
     assert job_of(reasoning_effort="high", thinking_budget=20).thinking_budget == 20
     assert fault_of(thinking_budget=20)["param"] == "thinking_budget"
+    budgets = [job_of(reasoning_effort=e).thinking_budget for e in ("minimal", "low", "high")]
+    assert budgets == [256, 1024, None]
+    assert job_of(chat_template_kwargs={"enable_thinking": True}).thinking_budget is None
 
 
 def test_the_last_message_can_be_continued():

@@ -46,6 +46,8 @@ def turn(*parts):
         (turn({"type": "url", "url": "a", "url2": 1}), "turns[0].parts[0].url2", "unknown"),
         (turn({"type": "url", "url": None}), "turns[0].parts[0].url", "(not None)"),
         (turn({"type": "audio"}), "turns[0].parts[0]", "'audio'"),
+        (turn({"type": {}, "text": "a"}), "turns[0].parts[0]", "{}"),
+        ({"turns": [{"type": {}, "role": "user", "parts": "a"}]}, "turns[0].type", "unknown"),
         ({"turns": [], "deep": True}, "deep", "it is shallow (not True)"),
         ({"turns": [], "deep": 0}, "deep", "it is shallow (not 0)"),
         ({}, "turns", "missing"),

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 from pydantic import Field
 
 from optiq.errors import RequestRejected
+from optiq.server.asking import BUDGETS, Effort, function
 from optiq.server.jobs import GenerateJob, ModelCard, ToolChoice
 from optiq.server.openai.messages import (
     REFUSED_PARTS,
@@ -22,7 +23,6 @@ from optiq.server.openai.parameters import Count, GenerationBody, grammar_of
 from optiq.server.wire import WireModel
 
 _Name = Annotated[str, Field(pattern="^[a-zA-Z0-9_-]{1,64}$")]
-_Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
 class FunctionSchema(WireModel):
@@ -134,9 +134,11 @@ class ChatBody(GenerationBody):
     parallel_tool_calls: bool | None = Field(
         default=None, description="false: one call an answer at most; enforced."
     )
-    reasoning_effort: _Effort | None = Field(
+    reasoning_effort: Effort | None = Field(
         default=None,
-        description="`none` answers at once; every other value lets the model think first.",
+        description="`none` answers at once; more lets the model think first, for so long: "
+        + ", ".join(f"{name} {limit or 'without limit'}" for name, limit in BUDGETS.items())
+        + " (tokens).",
     )
     chat_template_kwargs: TemplateOptions | None = Field(
         default=None, description="Extension: `enable_thinking`, the same as a yes or no."
@@ -179,6 +181,18 @@ class ChatBody(GenerationBody):
             return template.enable_thinking
         return self.reasoning_effort not in {None, "none"}
 
+    @property
+    def budget(self) -> int | None:
+        """Tokens of thinking at most."""
+        if self.thinking_budget is None and self.thinks and self.reasoning_effort is not None:
+            return BUDGETS[self.reasoning_effort]
+        return self.thinking_budget
+
+    def functions(self) -> tuple[dict[str, Any], ...]:
+        """The tools, as templates and the engine read them."""
+        schemas = [tool.function for tool in self.tools or ()]
+        return tuple(function(s.name, s.description, s.parameters, s.strict) for s in schemas)
+
 
 def job_of(body: ChatBody, card: ModelCard, talk: Conversation) -> GenerateJob:
     """What the engine is asked.
@@ -188,19 +202,19 @@ def job_of(body: ChatBody, card: ModelCard, talk: Conversation) -> GenerateJob:
     """
     for param, message in _faults(body, card):
         raise RequestRejected(f"{param}: {message}", param=param)
-    choice, function = _tool_choice(body)
+    choice, named = _tool_choice(body)
     limit = body.max_completion_tokens
     return GenerateJob(
         model=card.name,
         prompt=talk.messages,
         images=talk.images,
         image_detail=talk.detail,
-        tools=tuple(tool.model_dump(exclude_unset=True) for tool in body.tools or ()),
+        tools=body.functions(),
         tool_choice=choice,
-        function=function,
+        function=named,
         parallel_tool_calls=body.parallel_tool_calls is not False,
         thinking=body.thinks,
-        thinking_budget=body.thinking_budget,
+        thinking_budget=body.budget,
         continue_final=bool(body.continue_final_message),
         grammar=grammar_of(body.response_format),
         sampling=body.sampling(
@@ -237,9 +251,9 @@ def _tool_faults(body: ChatBody) -> Iterator[tuple[str, str]]:
     names = [tool.function.name for tool in body.tools or ()]
     if len(set(names)) < len(names):
         yield "tools", f"two functions have one name; there are {sorted(names)}"
-    choice, function = _tool_choice(body)
-    if function is not None and function not in names:
-        yield "tool_choice", f"there is no function {function!r} among the tools {sorted(names)}"
+    choice, named = _tool_choice(body)
+    if named is not None and named not in names:
+        yield "tool_choice", f"there is no function {named!r} among the tools {sorted(names)}"
     if choice == "required" and not names:
         yield "tool_choice", "a call is required, and there are no tools; give some"
 
