@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from optiq.errors import RequestRejected
+from optiq.server import asking
 from optiq.server.jobs import ModelCard
 from optiq.server.openai.errors import ERRORS
 from optiq.server.service import Service
@@ -46,13 +46,4 @@ def card_of(service: Service, name: str | None) -> ModelCard:
     Raises:
         RequestRejected: 404, if there is none.
     """
-    resolved = service.resolve(name)
-    for card in service.models():
-        if card.name == resolved:
-            return card
-    raise RequestRejected(
-        f"model {name!r} is not served; see /v1/models",
-        http_status=404,
-        param="model",
-        code="model_not_found",
-    )
+    return asking.card_of(service, service.resolve(name))
