@@ -8,7 +8,7 @@ from pydantic import BaseModel
 
 from optiq.server import asking
 from optiq.server.jobs import ModelCard
-from optiq.server.openai.errors import ERRORS
+from optiq.server.openai.errors import ERRORS, ErrorBody
 from optiq.server.service import Service
 from optiq.server.wire import IGNORED_HEADER, Body, body_of, schema_of
 
@@ -29,11 +29,12 @@ def documented(kind: type[Body], chunk: type[BaseModel] | None = None) -> dict[s
         }
     }
     if chunk is not None:
-        data = {
+        json = {
             "type": "string",
             "contentMediaType": "application/json",
-            "contentSchema": schema_of(chunk),
+            "contentSchema": {"anyOf": [schema_of(chunk), schema_of(ErrorBody)]},
         }
+        data = {"anyOf": [{"const": "[DONE]"}, json]}
         event = {"type": "object", "properties": {"data": data}, "required": ["data"]}
         answer["description"] = "The answer; with `stream`, events, of which the last is `[DONE]`."
         answer["content"] = {"text/event-stream": {"itemSchema": event}}
