@@ -51,6 +51,13 @@ def ended(reason="stop", choice=0, **rest):
 DEFAULT = (Started(3), *said("Hello"), *said(" world"), ended())
 
 
+def default(job):
+    """The same answer for every choice of a job, and the prompt where the job echoes it."""
+    first = Started(3, (Piece(1, b"Hi"),) if job.echo else ())
+    answers = [[*said("Hello", i), *said(" world", i), ended(choice=i)] for i in range(job.choices)]
+    return [first, *(reply for answer in answers for reply in answer)]
+
+
 class FakeStream:
     """A stream of a script; a number in it is a pause, an exception is raised."""
 
@@ -86,7 +93,7 @@ class FakeService:
         streams: what it answered with.
     """
 
-    script: object = DEFAULT
+    script: object = default
     jobs: list = dataclasses.field(default_factory=list)
     streams: list = dataclasses.field(default_factory=list)
     cards: tuple = (CARD,)

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from typing import Final
 
 from fastapi import Request
 from fastapi.responses import StreamingResponse
 from fastapi.sse import KEEPALIVE_COMMENT
 
-from optiq.engine.events import Event, Finished
+from optiq.engine.events import Event, Finished, ToolCallDelta, ToolCallFailed, ToolCallStarted
 from optiq.errors import EngineFailure, OptiqError, RequestRejected
 from optiq.server.jobs import Piece, Reply, Said, Started, Written
 from optiq.server.records import log_fault
@@ -54,23 +54,55 @@ async def collected(
         RequestRejected: what the engine raises; 499 if the client has gone.
     """
     out = [Choice() for _ in range(choices)]
-    started: Started | None = None
+    started, *rest = await replies(request, stream)
+    assert isinstance(started, Started)
+    for reply in rest:
+        match reply:
+            case Written(choice, pieces):
+                out[choice].pieces += pieces
+            case Said(choice, event):
+                out[choice].events.append(event)
+    return started, out
+
+
+async def replies(request: Request, stream: Stream) -> list[Reply]:
+    """The replies of a job in order, `Started` first, when it has ended.
+
+    Raises:
+        RequestRejected: what the engine raises; 499 if the client has gone.
+    """
     gone = asyncio.create_task(_gone(request))
     try:
-        async for reply in _until(gone, stream):
-            match reply:
-                case Started():
-                    started = reply
-                case Written(choice, pieces):
-                    out[choice].pieces += pieces
-                case Said(choice, event):
-                    out[choice].events.append(event)
+        found = [reply async for reply in _until(gone, stream)]
     finally:
         gone.cancel()
         stream.cancel()
-    if started is None:
+    if not found or not isinstance(found[0], Started):
         raise EngineFailure("the engine ended an answer that it had not begun; try again")
-    return started, out
+    return found
+
+
+def settled(found: Sequence[Reply]) -> list[Reply]:
+    """Replies of one answer without the beginnings of calls that came to nothing.
+
+    The text of such a call is among the replies as text.
+    """
+    failed = {
+        index
+        for reply in found
+        if isinstance(reply, Said) and isinstance(reply.event, ToolCallFailed)
+        for index in reply.event.started
+    }
+    return [reply for reply in found if not _belongs(reply, failed)]
+
+
+def _belongs(reply: Reply, calls: Collection[int]) -> bool:
+    if not isinstance(reply, Said):
+        return False
+    event = reply.event
+    if isinstance(event, ToolCallStarted | ToolCallDelta):
+        return event.index in calls
+    return isinstance(event, ToolCallFailed)
 
 
 async def streamed(
