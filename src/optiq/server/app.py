@@ -16,16 +16,23 @@ import optiq
 from optiq import settings
 from optiq.configs import ServeConfig, parse_size
 from optiq.errors import EngineFailure, OptiqError, RequestRejected, UsageError
+from optiq.server import anthropic, ollama, openai
 from optiq.server.access import Access
 from optiq.server.auth import Keys, keys_of
 from optiq.server.dialects import answer
 from optiq.server.guard import Bodies, Doors
 from optiq.server.images import Images
 from optiq.server.metrics import Measured, Metrics
+from optiq.server.openai import responses
 from optiq.server.service import Service
 from optiq.server.wire import IGNORED_HEADER
 
-ROUTERS: Final[tuple[APIRouter, ...]] = ()
+ROUTERS: Final[tuple[APIRouter, ...]] = (
+    openai.router,
+    responses.router,
+    anthropic.router,
+    ollama.router,
+)
 """The protocols that are served."""
 
 _REFUSALS: Final[dict[int | str, dict[str, Any]]] = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, Final
 
 from fastapi.exceptions import RequestValidationError
@@ -13,6 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import Scope
 
 from optiq.errors import EngineFailure, OptiqError, RequestRejected
+from optiq.server import anthropic, ollama, openai
 from optiq.server.records import log_fault
 
 SHUTTING_DOWN: Final = "shutting_down"
@@ -21,43 +21,15 @@ SHUTTING_DOWN: Final = "shutting_down"
 _CLIENT_CLOSED: Final = 499
 
 
-def _openai(error: RequestRejected) -> dict[str, Any]:
-    kind = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}.get(
-        error.http_status, "server_error" if error.http_status >= 500 else "invalid_request_error"
-    )
-    return {
-        "error": {"message": str(error), "type": kind, "param": error.param, "code": error.code}
-    }
-
-
-def _anthropic(error: RequestRejected) -> dict[str, Any]:
-    kind = {
-        401: "authentication_error",
-        403: "permission_error",
-        404: "not_found_error",
-        413: "request_too_large",
-        429: "rate_limit_error",
-        503: "overloaded_error",
-    }.get(error.http_status, "api_error" if error.http_status >= 500 else "invalid_request_error")
-    return {"type": "error", "error": {"type": kind, "message": str(error)}}
-
-
-def _ollama(error: RequestRejected) -> dict[str, Any]:
-    return {"error": str(error)}
-
-
 def error_body(scope: Scope, error: RequestRejected) -> dict[str, Any]:
     """The body of a refusal, as the caller's protocol has it."""
-    return _dialect(scope)(error)
-
-
-def _dialect(scope: Scope) -> Callable[[RequestRejected], dict[str, Any]]:
     path: str = scope["path"]
+    of_models = path == "/v1/models" or path.startswith("/v1/models/")  # one route, two protocols
     if path == "/v1/messages" or path.startswith("/v1/messages/"):
-        return _anthropic
-    if path.startswith("/v1/models") and "anthropic-version" in Headers(scope=scope):
-        return _anthropic  # one route for two protocols
-    return _ollama if path.startswith("/api/") else _openai
+        return anthropic.error_body(error, request_id_of(scope))
+    if of_models and "anthropic-version" in Headers(scope=scope):
+        return anthropic.error_body(error, request_id_of(scope))
+    return ollama.error_body(error) if path.startswith("/api/") else openai.error_body(error)
 
 
 def rejection(error: Exception, scope: Scope) -> RequestRejected:
