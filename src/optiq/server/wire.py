@@ -31,7 +31,7 @@ class Body(WireModel):
 
     Attributes:
         without_effect: keys that are accepted and cannot change the answer; a dot leads into an
-            object.
+            object, [] into the parts of a list.
         refused: keys of the protocol that are not served, with the reason. null is let through:
             it means "not given".
         refused_values: the same for values inside a body, for the documents; who refuses them is
@@ -68,13 +68,19 @@ async def read(request: Request, kind: type[B]) -> B:
 
 def body_of(kind: type[Body]) -> dict[str, Any]:
     """What `openapi_extra` of a route says about its body, which `read` reads."""
-    schema = kind.model_json_schema()
+    schema = schema_of(kind)
     schema["properties"] |= {
         key: {"type": "null", "description": f"Refused: {reason}"}
         for key, reason in kind.refused.items()
     }
-    inlined = _inlined(schema, schema.pop("$defs", {}))
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": inlined}}}}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def schema_of(kind: type[BaseModel]) -> dict[str, Any]:
+    """The schema of a model without references: an operation has no place for definitions."""
+    schema = kind.model_json_schema()
+    inlined: dict[str, Any] = _inlined(schema, schema.pop("$defs", {}))
+    return inlined
 
 
 def note_ignored(request: Request, *names: str) -> None:
@@ -107,6 +113,14 @@ def only(*harmless: object, reason: str) -> BeforeValidator:
     return BeforeValidator(Only(harmless, reason))
 
 
+_LINES: Final = {"type": "string"}
+_EVENT: Final = {
+    "type": "object",
+    "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
+    "required": ["event", "data"],
+}
+
+
 def answers(
     whole: type[BaseModel], error: type[BaseModel], stream: str | None = None
 ) -> dict[int | str, dict[str, Any]]:
@@ -123,7 +137,7 @@ def answers(
     header = {"description": "What was accepted and had no effect.", "schema": {"type": "string"}}
     found[200] = {"model": whole, "headers": {IGNORED_HEADER: header}}
     if stream:
-        found[200]["content"] = {stream: {"schema": {"type": "string"}}}
+        found[200]["content"] = {stream: {"schema": _EVENT if "event" in stream else _LINES}}
     return found
 
 
@@ -195,13 +209,17 @@ def _tags(data: dict[str, Any]) -> list[str]:
 
 
 def _is_given(data: Any, key: str) -> bool:  # noqa: ANN401  any JSON value
-    for step in key.split("."):
-        data = data.get(step) if isinstance(data, dict) else None
-    return data is not None
+    if not key:
+        return data is not None
+    if key.startswith("[]"):
+        rest = key[2:].removeprefix(".")
+        return isinstance(data, list) and any(_is_given(one, rest) for one in data)
+    step = key.split(".")[0].split("[")[0]
+    rest = key[len(step) :].removeprefix(".")
+    return isinstance(data, dict) and _is_given(data.get(step), rest)
 
 
 def _inlined(schema: Any, parts: dict[str, Any]) -> Any:  # noqa: ANN401  any part of a schema
-    """A schema without references: an operation of OpenAPI has no place for definitions."""
     if isinstance(schema, list):
         return [_inlined(one, parts) for one in schema]
     if not isinstance(schema, dict):
