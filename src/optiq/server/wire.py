@@ -113,11 +113,13 @@ def only(*harmless: object, reason: str) -> BeforeValidator:
     return BeforeValidator(Only(harmless, reason))
 
 
-_LINES: Final = {"type": "string"}
-_EVENT: Final = {
-    "type": "object",
-    "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
-    "required": ["event", "data"],
+_LINES: Final = {"schema": {"type": "string"}}
+_EVENTS: Final = {
+    "itemSchema": {
+        "type": "object",
+        "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
+        "required": ["event", "data"],
+    }
 }
 
 
@@ -137,7 +139,7 @@ def answers(
     header = {"description": "What was accepted and had no effect.", "schema": {"type": "string"}}
     found[200] = {"model": whole, "headers": {IGNORED_HEADER: header}}
     if stream:
-        found[200]["content"] = {stream: {"schema": _EVENT if "event" in stream else _LINES}}
+        found[200]["content"] = {stream: _EVENTS if "event" in stream else _LINES}
     return found
 
 
