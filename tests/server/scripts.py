@@ -81,3 +81,20 @@ def answers(draw):
                 steps.append(step)
     reason = draw(st.sampled_from(["stop", "length"])) if not index else "tool_calls"
     return (Started(3), *steps, ended(reason))
+
+
+def holding(path, value, inside=None):
+    """A copy of `inside` that has a value where a path such as `a[].b` leads: at every place.
+
+    What is not there on the way is made, parts of lists excepted.
+    """
+    step, _, rest = path.partition(".")
+    name = step.removesuffix("[]")
+    out = dict(inside or {})
+    if not rest:
+        out[name] = value
+    elif step == name:
+        out[name] = holding(rest, value, out.get(name))
+    else:
+        out[name] = [holding(rest, value, part) for part in out[name]]
+    return out

@@ -14,7 +14,16 @@ from optiq.server.jobs import CountJob, Started
 from optiq.server.wire import IGNORED_HEADER
 from tests.server.apps_anthropic import client_of, events_of
 from tests.server.fake import CARD, FakeService, ended, said
-from tests.server.scripts import BLIND, DRAFTED, EVERYTHING, USAGE, answers, broken, thought
+from tests.server.scripts import (
+    BLIND,
+    DRAFTED,
+    EVERYTHING,
+    USAGE,
+    answers,
+    broken,
+    holding,
+    thought,
+)
 
 TOOL = {"name": "weather", "description": "Weather", "input_schema": {"type": "object"}}
 PICTURE = base64.b64encode(b"png").decode()
@@ -391,17 +400,42 @@ def test_tokens_are_counted_of_the_same_prompt():
 
 # -- what is ignored -------------------------------------------------------------------------------
 
+MARK = {"type": "ephemeral"}
 IGNORED = {
     "billing_policy": {"type": "billing_policy"},
-    "cache_control": {"type": "ephemeral"},
+    "cache_control": MARK,
     "diagnostics": {"previous_message_id": "m"},
     "inference_geo": "eu",
+    "messages[].content[].cache_control": MARK,
+    "messages[].content[].caller": {"type": "direct"},
+    "messages[].content[].citations": [],
+    "messages[].content[].content[].cache_control": MARK,
+    "messages[].content[].content[].citations": [],
     "metadata": {"user_id": "u"},
     "service_tier": "auto",
     "speed": "fast",
+    "system[].cache_control": MARK,
+    "system[].citations": [],
+    "tools[].cache_control": MARK,
+    "tools[].eager_input_streaming": True,
     "user_profile_id": "u",
     "workspace_id": "w",
 }
+WORDS = {"type": "text", "text": "a"}
+
+
+def around(key):
+    """A body with a place for a parameter."""
+    user = {"role": "user", "content": [WORDS]}
+    if key.endswith("caller"):
+        return body(
+            user | {"role": "assistant", "content": [USE]}, {"role": "user", "content": "b"}
+        )
+    if "content[].content[]" in key:
+        result = {"type": "tool_result", "tool_use_id": "t1", "content": [WORDS]}
+        called = {"role": "assistant", "content": [USE]}
+        return body(called, {"role": "user", "content": [result]})
+    return body(user, system=[WORDS], tools=[TOOL])
 
 
 def test_every_ignored_parameter_has_a_row():
@@ -410,8 +444,17 @@ def test_every_ignored_parameter_has_a_row():
 
 @pytest.mark.parametrize("key", IGNORED)
 def test_what_is_ignored_is_named(key):
-    plain, _ = asked(body())
-    job, answer = asked(body() | {key: IGNORED[key]})
+    data = around(key)
+    plain, _ = asked(data)
+    if key.endswith("caller"):
+        first, last = data["messages"]
+        more = data | {"messages": [holding(key[11:], IGNORED[key], first), last]}
+    elif "content[].content[]" in key:
+        first, last = data["messages"]
+        more = data | {"messages": [first, holding(key[11:], IGNORED[key], last)]}
+    else:
+        more = holding(key, IGNORED[key], data)
+    job, answer = asked(more)
     assert job == plain
     assert answer.headers[IGNORED_HEADER] == key
 
@@ -421,15 +464,6 @@ def test_what_is_ignored_is_named(key):
     [
         ({"thinking": {"type": "adaptive", "display": "summarized"}}, "thinking.display"),
         ({"output_config": {"effort": "low"}}, "output_config.effort"),
-        ({"tools": [TOOL | {"cache_control": {"type": "ephemeral"}}]}, "cache_control"),
-        (
-            {
-                "system": [
-                    {"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}},
-                ]
-            },
-            "cache_control",
-        ),
         (
             {
                 "messages": [

@@ -14,7 +14,7 @@ from optiq.server.ollama_body import ChatBody, GenerateBody, Options
 from optiq.server.wire import IGNORED_HEADER
 from tests.server.apps_anthropic import client_of
 from tests.server.fake import FakeService, ended, said
-from tests.server.scripts import BLIND, EVERYTHING, USAGE, answers, broken
+from tests.server.scripts import BLIND, EVERYTHING, USAGE, answers, broken, holding
 
 PICTURE = base64.b64encode(b"png").decode()
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
@@ -240,8 +240,25 @@ IGNORED = {
 }
 
 
+IN_CALLS = {
+    "messages[].tool_calls[].function.description": "a",
+    "messages[].tool_calls[].function.index": 1,
+}
+
+
+@pytest.mark.parametrize("key", IN_CALLS)
+def test_what_is_ignored_of_calls_is_named(key):
+    call = {"function": {"name": "weather", "arguments": {}}}
+    data = {"messages": [{"role": "assistant", "tool_calls": [call]}]}
+    plain, _ = asked("/api/chat", **data)
+    job, answer = asked("/api/chat", **holding(key, IN_CALLS[key], data))
+    assert job == plain
+    assert answer.headers[IGNORED_HEADER] == key
+
+
 def test_every_parameter_has_a_row():
-    assert IGNORED.keys() == ChatBody.without_effect == GenerateBody.without_effect
+    assert IGNORED.keys() == GenerateBody.without_effect
+    assert ChatBody.without_effect == IGNORED.keys() | IN_CALLS.keys()
     ignored = {key.removeprefix("options.") for key in IGNORED}
     assert {key for key, _, _ in OPTIONS} == Options.model_fields.keys() - ignored
 
@@ -250,8 +267,7 @@ def test_every_parameter_has_a_row():
 @pytest.mark.parametrize("key", IGNORED)
 def test_what_is_ignored_is_named(path, key):
     plain, _ = asked(path)
-    head, _, rest = key.partition(".")
-    job, answer = asked(path, **{head: {rest: IGNORED[key]} if rest else IGNORED[key]})
+    job, answer = asked(path, **holding(key, IGNORED[key]))
     assert job == plain
     assert answer.headers[IGNORED_HEADER] == key
 

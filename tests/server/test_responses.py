@@ -13,7 +13,16 @@ from optiq.server.openai.responses_body import ResponsesBody
 from optiq.server.wire import IGNORED_HEADER
 from tests.server.apps_anthropic import client_of, events_of
 from tests.server.fake import FakeService, ended, piece, said
-from tests.server.scripts import BLIND, DRAFTED, EVERYTHING, USAGE, answers, broken, thought
+from tests.server.scripts import (
+    BLIND,
+    DRAFTED,
+    EVERYTHING,
+    USAGE,
+    answers,
+    broken,
+    holding,
+    thought,
+)
 
 TOOL = {"type": "function", "name": "weather", "parameters": {"type": "object"}, "strict": True}
 OTHER = TOOL | {"name": "clock"}
@@ -227,8 +236,8 @@ def test_thinking_comes_back_through_the_client():
         assert job.prompt[0]["reasoning_content"] == "Let me see."
         assert job.prompt[0]["content"] == "I look it up."
         assert job.prompt[1] == {"role": "tool", "content": "rain", "tool_call_id": "call_0"}
-        assert IGNORED_HEADER not in answer.headers
-    foreign = {"type": "reasoning", "id": "r", "summary": [], "encrypted_content": "gAAAA"}
+        assert "input.encrypted_content" not in answer.headers[IGNORED_HEADER]
+    foreign = {"type": "reasoning", "encrypted_content": "gAAAA"}
     job, answer = asked(body(input=[foreign, {"role": "user", "content": "a"}]))
     assert job.prompt == ({"role": "user", "content": "a"},)
     assert answer.headers[IGNORED_HEADER] == "input.encrypted_content"
@@ -382,6 +391,12 @@ def test_a_conversation_reaches_the_engine_whole():
 # -- what is ignored -------------------------------------------------------------------------------
 
 IGNORED = {
+    "input[].content[].annotations": [],
+    "input[].content[].logprobs": [],
+    "input[].id": "m",
+    "input[].phase": "final_answer",
+    "input[].status": "completed",
+    "input[].summary": [{"type": "summary_text", "text": "a"}],
     "max_tool_calls": 3,
     "metadata": {"a": "b"},
     "prompt_cache_key": "k",
@@ -407,16 +422,12 @@ SCHEMA = {"type": "json_schema", "name": "n", "schema": {}}
 
 @pytest.mark.parametrize("key", IGNORED)
 def test_what_is_ignored_is_named(key):
-    data = body(text={"format": SCHEMA})
+    said_ = {"role": "assistant", "content": [{"type": "output_text", "text": "a"}]}
+    thought_ = {"type": "reasoning", "content": [{"type": "reasoning_text", "text": "a"}]}
+    items = [thought_ if key.endswith("summary") else said_]
+    data = body(input=items, text={"format": SCHEMA})
     plain, _ = asked(data)
-    match key.split("."):
-        case ["text", "format", rest]:
-            given_ = {"text": {"format": SCHEMA | {rest: IGNORED[key]}}}
-        case [head, rest]:
-            given_ = {head: {rest: IGNORED[key]}}
-        case _:
-            given_ = {key: IGNORED[key]}
-    job, answer = asked(data | given_)
+    job, answer = asked(holding(key, IGNORED[key], data))
     assert job == plain
     assert answer.headers[IGNORED_HEADER] == key
 

@@ -139,6 +139,10 @@ class OllamaBody(Body):
 class ChatBody(OllamaBody):
     """What `/api/chat` reads."""
 
+    without_effect: ClassVar[frozenset[str]] = OllamaBody.without_effect | {
+        "messages[].tool_calls[].function.description",
+        "messages[].tool_calls[].function.index",
+    }
     refused: ClassVar[dict[str, str]] = {
         "logprobs": "use /v1/chat/completions",
         "top_logprobs": "use /v1/chat/completions",

@@ -113,6 +113,16 @@ def only(*harmless: object, reason: str) -> BeforeValidator:
     return BeforeValidator(Only(harmless, reason))
 
 
+_LINES: Final = {"schema": {"type": "string"}}
+_EVENTS: Final = {
+    "itemSchema": {
+        "type": "object",
+        "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
+        "required": ["event", "data"],
+    }
+}
+
+
 def answers(
     whole: type[BaseModel], error: type[BaseModel], stream: str | None = None
 ) -> dict[int | str, dict[str, Any]]:
@@ -129,7 +139,7 @@ def answers(
     header = {"description": "What was accepted and had no effect.", "schema": {"type": "string"}}
     found[200] = {"model": whole, "headers": {IGNORED_HEADER: header}}
     if stream:
-        found[200]["content"] = {stream: {"schema": {"type": "string"}}}
+        found[200]["content"] = {stream: _EVENTS if "event" in stream else _LINES}
     return found
 
 

@@ -226,7 +226,22 @@ class CountBody(Body):
     """What `/v1/messages/count_tokens` reads."""
 
     without_effect: ClassVar[frozenset[str]] = frozenset(
-        {"billing_policy", "cache_control", "speed", "user_profile_id", "workspace_id"}
+        {
+            "billing_policy",
+            "cache_control",
+            "messages[].content[].cache_control",
+            "messages[].content[].caller",
+            "messages[].content[].citations",
+            "messages[].content[].content[].cache_control",
+            "messages[].content[].content[].citations",
+            "speed",
+            "system[].cache_control",
+            "system[].citations",
+            "tools[].cache_control",
+            "tools[].eager_input_streaming",
+            "user_profile_id",
+            "workspace_id",
+        }
     )
     refused: ClassVar[dict[str, str]] = {
         "compaction": "conversations are not shortened; send what the model is to read",

@@ -142,8 +142,6 @@ def _without_effect(
         yield "output_config.effort"
     if conversation.redacted:
         yield "redacted_thinking"
-    if conversation.marked or any(tool.cache_control for tool in body.tools or ()):
-        yield "cache_control"
 
 
 @dataclasses.dataclass
@@ -154,13 +152,11 @@ class Conversation:
         messages: OpenAI style.
         pictures: where the pictures are, in the order of their parts.
         redacted: whether there was thinking that cannot be read.
-        marked: whether a block has a mark of the cache.
     """
 
     messages: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     pictures: list[str] = dataclasses.field(default_factory=list)
     redacted: bool = False
-    marked: bool = False
     _called: set[str] = dataclasses.field(default_factory=set)
 
     @classmethod
@@ -211,7 +207,6 @@ class Conversation:
                 f"{where}.tool_use_id: no earlier tool_use has the id {block.tool_use_id!r}",
                 param=f"{where}.tool_use_id",
             )
-        self.marked |= block.cache_control is not None
         content = block.content or ""
         texts = (
             [content]
@@ -230,7 +225,6 @@ class Conversation:
         thoughts: list[str] = []
         calls: list[dict[str, Any]] = []
         for block in blocks:
-            self.marked |= getattr(block, "cache_control", None) is not None
             match block:
                 case TextBlock():
                     texts.append(block.text)
@@ -251,7 +245,6 @@ class Conversation:
             return content
         parts: list[dict[str, Any]] = []
         for block in content:
-            self.marked |= block.cache_control is not None
             if isinstance(block, TextBlock):
                 parts.append({"type": "text", "text": block.text})
             else:

@@ -203,6 +203,12 @@ class ResponsesBody(Body):
 
     without_effect: ClassVar[frozenset[str]] = frozenset(
         {
+            "input[].content[].annotations",
+            "input[].content[].logprobs",
+            "input[].id",
+            "input[].phase",
+            "input[].status",
+            "input[].summary",
             "max_tool_calls",  # of tools that OpenAI runs
             "metadata",
             "prompt_cache_key",
