@@ -8,7 +8,7 @@ import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard, cast
 
 from optiq.backend import mx
 from optiq.engine.drafters import Drafter, Pairing, open_drafter
@@ -223,11 +223,12 @@ class Engine:
 
     def generate(  # noqa: PLR0913  what a request consists of
         self,
-        prompt: str | Sequence[Message],
+        prompt: str | Sequence[int] | Sequence[Message],
         images: Sequence[Picture] = (),
         tools: Sequence[Tool] = (),
         *,
         thinking: bool = False,
+        continue_final: bool = False,
         image_detail: int | Detail | None = None,
         constraint: Constraint | None = None,
         choice: int = 0,
@@ -238,12 +239,13 @@ class Engine:
         Several answers at a time share the passes of the model: begin them all, then iterate.
 
         Args:
-            prompt: text to go on with, in which special tokens are parsed, or messages, which go
-                through the chat template.
+            prompt: text to go on with, in which special tokens are parsed; token ids, which are
+                taken as they are; or messages, which go through the chat template.
             images: pictures, paths, or patches with positions; the prompt has an image marker, the
                 messages a part of type `image`, for each. Default: what the parts hold.
             tools: OpenAI function schemas, for messages.
             thinking: let the model think first, where it can.
+            continue_final: go on with the last message, which is the assistant's.
             image_detail: soft tokens of an image at most, or `low`, `auto`, `high`.
             constraint: a grammar that the answer obeys.
             choice: number of the answer among those of one prompt and seed.
@@ -256,14 +258,8 @@ class Engine:
         """
         settings = Sampling.of(self._defaults, **sampling).seeded()
         settings.check_vocabulary(self._target.vocab_size)
-        raw = isinstance(prompt, str)
-        if isinstance(prompt, str):
-            if tools or thinking:
-                raise UsageError("tools and thinking need messages; the prompt is text")
-            read = self.prompts.raw(prompt, images, image_detail)
-        else:
-            chat = ChatOptions(tools, thinking)
-            read = self.prompts.chat(prompt, chat, images, image_detail)
+        chat = ChatOptions(tools, thinking, continue_final)
+        raw, read = self._read(prompt, chat, images, image_detail)
         request = Request(
             read.tokens,
             settings,
@@ -279,6 +275,26 @@ class Engine:
         with self._lock:
             self._clear()
             return Generation(self, self._loop.add(request, parser))
+
+    def _read(
+        self,
+        prompt: str | Sequence[int] | Sequence[Message],
+        chat: ChatOptions,
+        images: Sequence[Picture],
+        detail: int | Detail | None,
+    ) -> tuple[bool, Prompt]:
+        """A prompt of any kind as tokens, and whether it is none of messages."""
+        raw = isinstance(prompt, str) or _is_ids(prompt)
+        if raw and chat != ChatOptions():
+            raise UsageError(
+                "tools, thinking and continue_final need messages; the prompt is text or tokens"
+            )
+        if isinstance(prompt, str):
+            return raw, self.prompts.raw(prompt, images, detail)
+        if _is_ids(prompt):
+            self._check_ids(prompt)
+            return raw, self.prompts.ids(tuple(prompt), images, detail)
+        return raw, self.prompts.chat(cast(Sequence[Message], prompt), chat, images, detail)
 
     def _room(self, prompt: Prompt, sampling: Sampling) -> int:
         """Most tokens of the answer."""
@@ -379,13 +395,16 @@ class Engine:
             return self._drafter.logits(read.tokens, states[:, -1:], cache, num_drafts)
 
     def _checked(self, token_ids: Sequence[int], images: Sequence[Picture]) -> Prompt:
+        self._check_ids(token_ids)
+        return self.prompts.expanded([int(token) for token in token_ids], images)
+
+    def _check_ids(self, token_ids: Sequence[int]) -> None:
         wrong = [token for token in token_ids if not 0 <= token < self._target.vocab_size]
         if wrong or not len(token_ids):
             raise UsageError(
                 f"token ids must be 0 to {self._target.vocab_size - 1}, not "
                 f"{wrong[0] if wrong else 'none at all'}"
             )
-        return self.prompts.expanded([int(token) for token in token_ids], images)
 
     def _states(self, prompt: Prompt, cache: Any) -> mx.array:  # noqa: ANN401
         """States after all tokens, a chunk at a time."""
@@ -399,6 +418,11 @@ class Engine:
             out.append(self._target.states(as_row(tokens), cache, given))
             mx.eval(out[-1], cache.arrays)
         return mx.concatenate(out, axis=1)
+
+
+def _is_ids(prompt: Sequence[Any]) -> TypeGuard[Sequence[int]]:
+    """Whether a prompt is token ids, and not text or messages."""
+    return bool(prompt) and all(type(token) is int for token in prompt)
 
 
 def _failure(sequence: SequenceState) -> OptiqError:

@@ -77,6 +77,30 @@ class Prompts:
             self.vision  # noqa: B018  a model that cannot see says so before anything else
         return self._with_images(self._text.raw(text, len(images)).ids, images, wanted)
 
+    def ids(
+        self,
+        tokens: Sequence[int],
+        images: Sequence[Picture] = (),
+        wanted: int | Detail | None = None,
+    ) -> Prompt:
+        """Tokens to go on with, as they are: no BOS is added.
+
+        Args:
+            tokens: with one image marker for each image.
+            images: pictures, paths, or patches with their positions.
+            wanted: soft tokens of each at most, or the detail.
+
+        Raises:
+            UsageError: if the images are not as many as the markers, or one cannot be read.
+        """
+        markers = tokens.count(self._config.get("image_token_id"))
+        if markers != len(images):
+            raise UsageError(
+                f"the prompt has {markers} image markers for {len(images)} images; there must be "
+                "one each"
+            )
+        return self._with_images(tokens, images, wanted)
+
     def chat(
         self,
         messages: Sequence[Message],

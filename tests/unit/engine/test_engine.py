@@ -95,6 +95,39 @@ def test_events_add_up_to_the_result(engine):
     assert not set(SUPPRESSED) & set(result.token_ids)
 
 
+def test_token_ids_are_taken_as_they_are(engine):
+    settings = {"seed": 3, "max_tokens": 9}
+    ids = engine.prompts.raw("Hello").tokens
+    found = engine.generate(ids, **settings).result()
+    assert found == engine.generate("Hello", **settings).result()
+    no_bos = engine.generate(list(ids[1:]), **settings).result()
+    assert no_bos.usage.prompt_tokens == len(ids) - 1
+    for wrong in ([512], [3, -1]):
+        with pytest.raises(UsageError, match="token ids must be 0 to 511"):
+            engine.generate(wrong)
+
+
+def test_an_image_among_token_ids(artifact):
+    encoded = artifact.tokenizer.encode("<|image|>What?", add_special_tokens=False)
+    ids = [artifact.tokenizer.bos_token_id, *encoded]
+    settings = {"temperature": 0, "max_tokens": 6}
+    found = artifact.generate(ids, [picture()], **settings).result()
+    assert found == artifact.generate("<|image|>What?", [picture()], **settings).result()
+    with pytest.raises(UsageError, match="1 image markers for 0 images"):
+        artifact.generate(ids)
+
+
+def test_the_answer_goes_on_where_the_last_message_ends(tiny_llama):
+    engine = optiq.load(tiny_llama)
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Well, "}]
+    text = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nWell, "
+    settings = {"temperature": 0, "max_tokens": 6}
+    found = engine.generate(messages, continue_final=True, **settings).result()
+    assert found.token_ids == engine.generate(text, **settings).result().token_ids
+    with pytest.raises(UsageError, match="continue_final need messages"):
+        engine.generate(text, continue_final=True)
+
+
 def test_a_result_holds_what_was_iterated_before(engine):
     settings = {"seed": 3, "max_tokens": 9}
     generation = engine.generate("Hello", **settings)
