@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard, cast
 
-from optiq.backend import mx
+from optiq.backend import memory_left, mx
 from optiq.engine.drafters import Drafter, Pairing, open_drafter
 from optiq.engine.events import (
     Answer,
@@ -32,6 +32,7 @@ from optiq.engine.requests import Constraint, Request
 from optiq.engine.sampling import Sampling
 from optiq.engine.scheduler import Limits
 from optiq.engine.sequence import SequenceState
+from optiq.engine.store import Storage
 from optiq.engine.target import as_row
 from optiq.errors import EngineFailure, OptiqError, UsageError
 from optiq.events import Emit, no_emit
@@ -44,6 +45,7 @@ from optiq.upstream import TokenizerWrapper
 
 _NO_CONTEXT = 1 << 20
 _CHUNK = 512
+_KV_SHARE = 0.45  # pasts are held twice while they are put side by side
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +59,11 @@ class EngineOptions:
         position_base: of a Gemma-4 drafter, see `families.gemma4_assistant.Drafting`.
         sliding_keys: of a Gemma-4 drafter, see there.
         limits: of a step.
+        kv_memory: bytes that the pasts of answers in progress may take, with those kept for later
+            prompts; default: what is left of the memory when the model is loaded, but for room to
+            put pasts together.
+        prefix_memory: bytes of the pasts that are kept for later prompts which begin alike; None
+            for half of `kv_memory`.
     """
 
     memory_limit: str | None = None
@@ -65,11 +72,22 @@ class EngineOptions:
     position_base: int = 1
     sliding_keys: int | None = None
     limits: Limits = Limits()
+    kv_memory: int | None = None
+    prefix_memory: int | None = 0
 
     def __post_init__(self) -> None:
         """Refuse a number of drafts that no round can have."""
         if self.num_drafts is not None and not 0 <= self.num_drafts <= MAX_DRAFTS:
             raise UsageError(f"num_drafts is {self.num_drafts}; give 0 to {MAX_DRAFTS}, or None")
+        for name in ("kv_memory", "prefix_memory"):
+            if (getattr(self, name) or 0) < 0:
+                raise UsageError(f"{name} is {getattr(self, name)}; give bytes, 0 or more")
+
+    def storage(self) -> Storage:
+        """What the loop may keep; memory that is not given is measured."""
+        kv = int(_KV_SHARE * memory_left()) if self.kv_memory is None else self.kv_memory
+        prefix = kv // 2 if self.prefix_memory is None else self.prefix_memory
+        return Storage(max(0, (self.sliding_keys or 0) - 1), kv, prefix)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +115,18 @@ class Result:
     usage: Usage
     logprobs: tuple[TokenLogprob, ...]
     acceptance: DraftReport | None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Asked:
+    """A prompt as it was given, and a number and a grammar for each answer to it."""
+
+    prompt: str | Sequence[int] | Sequence[Message]
+    images: Sequence[Picture]
+    chat: ChatOptions
+    detail: int | Detail | None
+    constraints: Sequence[Constraint | None]
+    choices: Sequence[int]
 
 
 class Generation:
@@ -212,9 +242,12 @@ class Engine:
                 self._options.sliding_keys,
             )
             self._drafter = open_drafter(drafter, pairing)
-        slack = max(0, (self._options.sliding_keys or 0) - 1)
         self._loop = Loop(
-            self._target, self._defaults.suppressed, self._drafter, self._options.limits, slack
+            self._target,
+            self._defaults.suppressed,
+            self._drafter,
+            self._options.limits,
+            self._options.storage(),
         )
         self._lock = threading.RLock()
         self._abandoned: deque[SequenceState] = deque()
@@ -256,25 +289,78 @@ class Engine:
         Raises:
             UsageError: if something cannot be honoured.
         """
+        chat = ChatOptions(tools, thinking, continue_final)
+        asked = _Asked(prompt, images, chat, image_detail, (constraint,), (choice,))
+        return self._begin(asked, **sampling)[0]
+
+    def generate_choices(  # noqa: PLR0913  what a request consists of
+        self,
+        prompt: str | Sequence[int] | Sequence[Message],
+        images: Sequence[Picture] = (),
+        tools: Sequence[Tool] = (),
+        *,
+        choices: int,
+        thinking: bool = False,
+        continue_final: bool = False,
+        image_detail: int | Detail | None = None,
+        constraints: Sequence[Constraint | None] | None = None,
+        **sampling: Any,  # noqa: ANN401  fields of Sampling
+    ) -> list[Generation]:
+        """Write several answers to one prompt, which is read once.
+
+        They are the answers of `generate` with the numbers 0 to `choices` - 1 and one seed. Of more
+        answers than run at a time, those that wait read the prompt again, unless it is kept.
+
+        Args:
+            prompt: see `generate`, as all that is not named here.
+            images: see there.
+            tools: see there.
+            choices: number of answers, at least 1.
+            thinking: see there.
+            continue_final: see there.
+            image_detail: see there.
+            constraints: a grammar for each answer.
+            sampling: see there.
+
+        Raises:
+            UsageError: if something cannot be honoured.
+        """
+        if choices < 1:
+            raise UsageError(f"{choices} answers are not possible; ask for at least 1")
+        chat = ChatOptions(tools, thinking, continue_final)
+        each = constraints or (None,) * choices
+        asked = _Asked(prompt, images, chat, image_detail, each, range(choices))
+        return self._begin(asked, **sampling)
+
+    def _begin(self, asked: _Asked, **sampling: Any) -> list[Generation]:  # noqa: ANN401
+        """Queue the answers to one prompt."""
         settings = Sampling.of(self._defaults, **sampling).seeded()
         settings.check_vocabulary(self._target.vocab_size)
-        chat = ChatOptions(tools, thinking, continue_final)
-        raw, read = self._read(prompt, chat, images, image_detail)
-        request = Request(
-            read.tokens,
-            settings,
-            self._room(read, settings),
-            self._stop,
-            read.features,
-            self._target.image_token_id,
-            choice,
-            self._options.num_drafts,
-            constraint,
-        )
-        parser = self._output.parser(stop=settings.stop, tools=tools, prompt=read.tokens, raw=raw)
+        raw, read = self._read(asked.prompt, asked.chat, asked.images, asked.detail)
+        room = self._room(read, settings)
+        requests = [
+            Request(
+                read.tokens,
+                settings,
+                room,
+                self._stop,
+                read.features,
+                self._target.image_token_id,
+                choice,
+                self._options.num_drafts,
+                constraint,
+            )
+            for choice, constraint in zip(asked.choices, asked.constraints, strict=True)
+        ]
+        tools = asked.chat.tools
+        parsers = [
+            self._output.parser(stop=settings.stop, tools=tools, prompt=read.tokens, raw=raw)
+            for _ in requests
+        ]
         with self._lock:
             self._clear()
-            return Generation(self, self._loop.add(request, parser))
+            begun = self._loop.add_choices(requests, parsers)
+            return [Generation(self, sequence) for sequence in begun]
 
     def _read(
         self,
@@ -298,13 +384,24 @@ class Engine:
 
     def _room(self, prompt: Prompt, sampling: Sampling) -> int:
         """Most tokens of the answer."""
-        room = (self.context or _NO_CONTEXT) - len(prompt.tokens)
+        used, most = len(prompt.tokens), sampling.max_tokens
+        room = (self.context or _NO_CONTEXT) - used
         if room < 1:
             raise UsageError(
-                f"the prompt has {len(prompt.tokens)} tokens, and the context of the model is "
-                f"{self.context}; shorten it"
+                f"the prompt has {used} tokens, and the context of the model is {self.context}; "
+                "shorten it"
             )
-        return room if sampling.max_tokens is None else min(sampling.max_tokens, room)
+        room = room if most is None else min(most, room)
+        if self._loop.longest is None or used + room <= self._loop.longest:
+            return room
+        fits = self._loop.longest - used
+        if fits < 1 or most is not None:
+            raise UsageError(
+                f"a prompt of {used} tokens with an answer of {room if most else 1} does not fit "
+                f"into the memory for pasts, which takes {self._loop.longest}; shorten them, or "
+                "give more kv_memory"
+            )
+        return fits
 
     def _next(self, sequence: SequenceState) -> Event | None:
         """The next event of a sequence; steps of the loop are run until there is one."""

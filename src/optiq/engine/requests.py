@@ -59,6 +59,9 @@ class Request:
         choice: number of the answer among those of one prompt.
         num_drafts: drafts of a round; None lets measurements decide.
         constraint: a grammar.
+        keys: what tells the tokens of the prompt apart, see `prefix_cache.Keys`; None: their ids.
+        turn: tokens up to where the last turn of the prompt begins, another of which may follow.
+        namespace: what the past of a text depends on besides: adapter, mask.
     """
 
     tokens: tuple[int, ...]
@@ -70,3 +73,6 @@ class Request:
     choice: int = 0
     num_drafts: int | None = None
     constraint: Constraint | None = None
+    keys: tuple[int, ...] | None = None
+    turn: int = 0
+    namespace: str = ""
