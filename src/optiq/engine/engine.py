@@ -6,9 +6,11 @@ import dataclasses
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard, cast
+
+import numpy as np
 
 from optiq.backend import memory_left, mx
 from optiq.engine.drafters import Drafter, Pairing, open_drafter
@@ -28,15 +30,15 @@ from optiq.engine.messages import ChatOptions, Message, Tool
 from optiq.engine.output import OutputFormat
 from optiq.engine.pace import MAX_DRAFTS, DraftReport
 from optiq.engine.prompts import Prompt, Prompts
+from optiq.engine.reading import drained, embedded, scored, states_of
 from optiq.engine.requests import Constraint, Request
-from optiq.engine.sampling import Sampling
+from optiq.engine.sampling import MAX_TOP_LOGPROBS, Sampling
 from optiq.engine.scheduler import Limits
 from optiq.engine.sequence import SequenceState
 from optiq.engine.store import Storage
-from optiq.engine.target import as_row
 from optiq.errors import EngineFailure, OptiqError, UsageError
 from optiq.events import Emit, no_emit
-from optiq.models.families.gemma4 import ImageMask, chunks
+from optiq.models.families.gemma4 import ImageMask
 from optiq.models.generation import read_generation
 from optiq.models.load import context_length, load_tokenizer
 from optiq.models.vision.gemma4 import Picture
@@ -44,7 +46,6 @@ from optiq.models.vision.patches import Detail
 from optiq.upstream import TokenizerWrapper
 
 _NO_CONTEXT = 1 << 20
-_CHUNK = 512
 _KV_SHARE = 0.45  # pasts are held twice while they are put side by side
 
 
@@ -349,6 +350,9 @@ class Engine:
                 choice,
                 self._options.num_drafts,
                 constraint,
+                read.keys,
+                read.turn,
+                self._options.image_mask or "",
             )
             for choice, constraint in zip(asked.choices, asked.constraints, strict=True)
         ]
@@ -380,7 +384,9 @@ class Engine:
         if _is_ids(prompt):
             self._check_ids(prompt)
             return raw, self.prompts.ids(tuple(prompt), images, detail)
-        return raw, self.prompts.chat(cast(Sequence[Message], prompt), chat, images, detail)
+        messages = cast(Sequence[Message], prompt)
+        turn = self._loop.store.needs_marks
+        return raw, self.prompts.chat(messages, chat, images, detail, find_turn=turn)
 
     def _room(self, prompt: Prompt, sampling: Sampling) -> int:
         """Most tokens of the answer."""
@@ -465,7 +471,7 @@ class Engine:
         read = self._checked(token_ids, images)
         with self._lock:
             cache = self._target.make_cache()
-            return self._target.logits(self._states(read, cache))[0]
+            return self._target.logits(states_of(self._target, read, cache))[0]
 
     def draft_logits(
         self, token_ids: Sequence[int], images: Sequence[Picture] = (), *, num_drafts: int = 3
@@ -488,7 +494,8 @@ class Engine:
         read = self._checked(token_ids, images)
         with self._lock:
             cache = self._target.make_cache(self._options.sliding_keys or 0)
-            states = self._states(dataclasses.replace(read, tokens=read.tokens[:-1]), cache)
+            all_but_last = dataclasses.replace(read, tokens=read.tokens[:-1])
+            states = states_of(self._target, all_but_last, cache)
             return self._drafter.logits(read.tokens, states[:, -1:], cache, num_drafts)
 
     def _checked(self, token_ids: Sequence[int], images: Sequence[Picture]) -> Prompt:
@@ -503,18 +510,77 @@ class Engine:
                 f"{wrong[0] if wrong else 'none at all'}"
             )
 
-    def _states(self, prompt: Prompt, cache: Any) -> mx.array:  # noqa: ANN401
-        """States after all tokens, a chunk at a time."""
-        features, used, out = prompt.features, 0, []
-        image = self._target.image_token_id if features is not None else None
-        for part in chunks(prompt.tokens, _CHUNK, image):
-            tokens = prompt.tokens[part]
-            count = tokens.count(image) if image is not None else 0
-            given = features[used : used + count] if features is not None and count else None
-            used += count
-            out.append(self._target.states(as_row(tokens), cache, given))
-            mx.eval(out[-1], cache.arrays)
-        return mx.concatenate(out, axis=1)
+    # -- texts that are read and not answered ----------------------------------------------------
+
+    def embed(self, inputs: Sequence[str | Sequence[int]]) -> list[np.ndarray]:
+        """What the model makes of texts as wholes: (H,) float32 each, of length 1.
+
+        The mean of the states after the final norm over all tokens that are not special.
+
+        Args:
+            inputs: texts, which get a BOS where the model wants one and in which special tokens are
+                ordinary text; or token ids, which are taken as they are.
+
+        Raises:
+            UsageError: if one has nothing but special tokens, or is longer than the context.
+        """
+        return drained(self.embed_steps(inputs))
+
+    def embed_steps(
+        self, inputs: Sequence[str | Sequence[int]]
+    ) -> Generator[None, None, list[np.ndarray]]:
+        """`embed` in steps, one after each chunk, so that answers can go on between them."""
+        texts = [self._embeddable(given) for given in inputs]
+        special = set(self.tokenizer.all_special_ids)
+        return embedded(self._target, texts, special, self._lock)
+
+    def prompt_logprobs(
+        self, token_ids: Sequence[int], images: Sequence[Picture] = (), *, top: int = 0
+    ) -> list[TokenLogprob | None]:
+        """How likely every token of a text was after those before it; None for the first.
+
+        They are those that answers report: float32, after the soft-cap and without the tokens that
+        are never written, before temperature.
+
+        Args:
+            token_ids: the text, with one image id for each soft token.
+            images: of the text.
+            top: most likely tokens to name at each place.
+
+        Raises:
+            UsageError: if there are no tokens, too many, or the images are not those of the text.
+        """
+        return drained(self.prompt_logprob_steps(token_ids, images, top=top))
+
+    def prompt_logprob_steps(
+        self, token_ids: Sequence[int], images: Sequence[Picture] = (), *, top: int = 0
+    ) -> Generator[None, None, list[TokenLogprob | None]]:
+        """`prompt_logprobs` in steps, one after each chunk."""
+        if not 0 <= top <= MAX_TOP_LOGPROBS:
+            raise UsageError(f"top is {top}; give 0 to {MAX_TOP_LOGPROBS}")
+        read = self._checked(token_ids, images)
+        self._check_length(len(read.tokens))
+        return scored(self._target, read, self._defaults.suppressed, top, self._lock)
+
+    def _embeddable(self, given: str | Sequence[int]) -> tuple[int, ...]:
+        if isinstance(given, str):
+            tokens = self.prompts.plain(given)
+        else:
+            self._check_ids(given)
+            tokens = tuple(given)
+        self._check_length(len(tokens))
+        if set(tokens) <= set(self.tokenizer.all_special_ids):
+            raise UsageError("an input has no tokens but special ones; give some text")
+        return tokens
+
+    def _check_length(self, count: int) -> None:
+        """Refuse a text that cannot be read."""
+        longest = min(self.context or _NO_CONTEXT, self._loop.longest or _NO_CONTEXT)
+        if count > longest:
+            raise UsageError(
+                f"the text has {count} tokens, and there is room for {longest}: the context of the "
+                f"model is {self.context}; shorten it, or give more kv_memory"
+            )
 
 
 def _is_ids(prompt: Sequence[Any]) -> TypeGuard[Sequence[int]]:

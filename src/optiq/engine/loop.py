@@ -24,7 +24,7 @@ from optiq.engine.events import FinishReason, TokenLogprob
 from optiq.engine.kv_cache import SequenceCache
 from optiq.engine.pace import MAX_DRAFTS, Pace, StepTimes
 from optiq.engine.requests import Constraint, Reader, Request
-from optiq.engine.sampling import Row, most_likely, reported_logprobs, sampled
+from optiq.engine.sampling import Row, reported_rows, sampled
 from optiq.engine.scheduler import Limits, Scheduler, Step
 from optiq.engine.sequence import Drafting, SequenceState
 from optiq.engine.store import Storage, Store
@@ -274,16 +274,8 @@ class Loop:
         """Log-probabilities of the tokens of rows of logits; none where no row asks for them."""
         if not any(row.sampling.logprobs for row in rows):
             return []
-        reported = reported_logprobs(logits, self._suppressed)
-        own = _numbers(mx.take_along_axis(reported, mx.array(list(tokens))[:, None], axis=-1)[:, 0])
-        count = max(row.sampling.top_logprobs for row in rows)
-        ids, values = most_likely(reported, count)
-        found = []
-        for index, row in enumerate(rows):
-            pairs = zip(ids[index], values[index], strict=True)
-            top = tuple(itertools.islice(pairs, row.sampling.top_logprobs))
-            found.append(TokenLogprob(tokens[index], own[index], top))
-        return found
+        top = [row.sampling.top_logprobs for row in rows]
+        return reported_rows(logits, tokens, self._suppressed, top)
 
 
 @dataclasses.dataclass(frozen=True)

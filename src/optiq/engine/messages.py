@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -91,6 +92,11 @@ class Prompter:
         self._check_images(ids, num_images, "prompt")
         return Prompt(tuple(ids), (None,) * num_images)
 
+    def plain(self, text: str) -> tuple[int, ...]:
+        """Text in which no token is special, after BOS where the model wants it."""
+        ids = self._encoder.encode_plain(self._encoder.writable(text))
+        return tuple(ids if self._bos is None else [self._bos, *ids])
+
     def chat(self, messages: Sequence[Message], options: ChatOptions | None = None) -> Prompt:
         """A prompt of a conversation that waits for the assistant.
 
@@ -121,6 +127,27 @@ class Prompter:
         ids = self._continued(ids, text, final, guard) if final else ids
         self._check_images(ids, len(images), "conversation, as its template writes it,")
         return Prompt(tuple(ids), images)
+
+    def turn(
+        self, messages: Sequence[Message], options: ChatOptions | None, ids: Sequence[int]
+    ) -> int:
+        """Tokens of a conversation before the content of the last user's turn; 0 without one.
+
+        Args:
+            messages: as given to `chat`.
+            options: likewise.
+            ids: what it made of them.
+
+        Cost: another run of the template, up to that turn.
+        """
+        last = max((i for i, m in enumerate(messages) if m.get("role") == "user"), default=-1)
+        if last < 0:
+            return 0
+        tools = dataclasses.replace(options or ChatOptions(), continue_final=False)
+        text = "x" if str(messages[last].get("content")).startswith("0") else "0"
+        other = self.chat([*messages[:last], {"role": "user", "content": text}], tools).ids
+        pairs = zip(ids, other, strict=False)
+        return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
     @functools.cached_property
     def _takes_parts(self) -> bool:

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from optiq.backend import mx
+from optiq.engine.features import FeatureCache, content_hash, keys_of
 from optiq.engine.messages import ChatOptions, Message, Prompter
 from optiq.errors import UsageError
 from optiq.models.vision.gemma4 import Gemma4Vision, Picture
-from optiq.models.vision.patches import Detail
+from optiq.models.vision.patches import Detail, Patches
 from optiq.upstream import TokenizerWrapper
 
 
@@ -22,10 +23,14 @@ class Prompt:
     Attributes:
         tokens: with one id for each soft token of an image.
         features: (P, H), of the P image tokens; None without images.
+        keys: what tells the tokens apart, by the content of images; None: their ids.
+        turn: tokens before the content of the last user's turn; 0 where that is not known.
     """
 
     tokens: tuple[int, ...]
     features: mx.array | None = None
+    keys: tuple[int, ...] | None = None
+    turn: int = 0
 
 
 class Prompts:
@@ -41,6 +46,8 @@ class Prompts:
         self._folder, self._config, self._tokenizer = folder, config, tokenizer
         self._text = Prompter(tokenizer, config)
         self._vision: Gemma4Vision | None = None
+        self._features: FeatureCache | None = None
+        self._image = config.get("image_token_id")
 
     @property
     def vision(self) -> Gemma4Vision:
@@ -77,6 +84,10 @@ class Prompts:
             self.vision  # noqa: B018  a model that cannot see says so before anything else
         return self._with_images(self._text.raw(text, len(images)).ids, images, wanted)
 
+    def plain(self, text: str) -> tuple[int, ...]:
+        """Text in which no token is special, after BOS where the model wants it."""
+        return self._text.plain(text)
+
     def ids(
         self,
         tokens: Sequence[int],
@@ -93,7 +104,7 @@ class Prompts:
         Raises:
             UsageError: if the images are not as many as the markers, or one cannot be read.
         """
-        markers = tokens.count(self._config.get("image_token_id"))
+        markers = tokens.count(self._image)
         if markers != len(images):
             raise UsageError(
                 f"the prompt has {markers} image markers for {len(images)} images; there must be "
@@ -107,6 +118,8 @@ class Prompts:
         options: ChatOptions,
         images: Sequence[Picture] = (),
         wanted: int | Detail | None = None,
+        *,
+        find_turn: bool = False,
     ) -> Prompt:
         """A conversation that waits for the model's turn.
 
@@ -115,6 +128,7 @@ class Prompts:
             options: tools and thinking.
             images: pictures, paths, or patches with their positions; default: what the parts hold.
             wanted: soft tokens of each at most, or the detail.
+            find_turn: say where the last turn of the user begins; the template is run once more.
 
         Raises:
             UsageError: if there is no chat template, it has no place for something, the images are
@@ -129,16 +143,23 @@ class Prompts:
                 f"the messages have {len(read.images)} places for images and {len(images)} images "
                 "were given; give one image for each place"
             )
-        return self._with_images(read.ids, images, wanted)
+        turn = self._text.turn(messages, options, read.ids) if find_turn else 0
+        return self._with_images(read.ids, images, wanted, turn)
 
     def _with_images(
-        self, tokens: Sequence[int], images: Sequence[Picture], wanted: int | Detail | None
+        self,
+        tokens: Sequence[int],
+        images: Sequence[Picture],
+        wanted: int | Detail | None,
+        turn: int = 0,
     ) -> Prompt:
         """A prompt of which every image token becomes the soft tokens of an image."""
         if not images:
-            return Prompt(tuple(tokens))
+            return Prompt(tuple(tokens), turn=turn)
         patches = [self.vision.patches(image, wanted) for image in images]
-        return Prompt(tuple(self.vision.expand(tokens, patches)), self._features(patches))
+        before = tokens[:turn].count(self._image)
+        turn = len(self.vision.expand(tokens[:turn], patches[:before]))
+        return self._seen(self.vision.expand(tokens, patches), patches, turn)
 
     def expanded(
         self, tokens: Sequence[int], images: Sequence[Picture], wanted: int | Detail | None = None
@@ -152,12 +173,16 @@ class Prompts:
             return Prompt(tuple(tokens))
         patches = [self.vision.patches(image, wanted) for image in images]
         self.vision.match(tokens, patches)
-        return Prompt(tuple(tokens), self._features(patches))
+        return self._seen(tokens, patches)
 
-    def _features(self, patches: Sequence[Any]) -> mx.array:
-        features = self.vision.features(patches)
-        mx.eval(features)
-        return features
+    def _seen(self, tokens: Sequence[int], patches: Sequence[Patches], turn: int = 0) -> Prompt:
+        """An expanded prompt with what its images show."""
+        if self._features is None:
+            self._features = FeatureCache(self.vision.features)
+        hashes = [content_hash(each) for each in patches]
+        sizes = [len(each.pixels) for each in patches]
+        keys = keys_of(tokens, self._image, list(zip(sizes, hashes, strict=True)))
+        return Prompt(tuple(tokens), self._features.of(patches, hashes), keys, turn)
 
 
 def user_message(text: str, num_images: int = 0) -> dict[str, Any]:

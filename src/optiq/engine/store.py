@@ -87,6 +87,12 @@ class Store:
         if storage.memory_bytes is not None:
             self.memory = Memory(storage.memory_bytes, Cost.of(target, storage.slack, chunk))
         self.prefixes = PrefixCache(storage.prefix_bytes) if storage.prefix_bytes else None
+        self._has_snapshots = needs_snapshots(target.make_cache(storage.slack))
+
+    @property
+    def needs_marks(self) -> bool:
+        """Whether it is worth knowing where turns begin."""
+        return self.prefixes is not None and self._has_snapshots
 
     def begin(self, sequence: SequenceState) -> None:
         """Give a sequence a past that holds as much of its text as is known."""
@@ -96,7 +102,7 @@ class Store:
             keys = sequence.keys(len(sequence.tokens))
             found = self.prefixes.find(request.namespace, keys, limit, cache)
             marks = {limit}
-            if needs_snapshots(cache):
+            if self._has_snapshots:
                 gain = found.length + self._storage.least_gain
                 marks |= {at for at in (found.matched, request.turn) if gain <= at < limit}
             if found.past is not None:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from optiq.engine import scheduler
 from optiq.engine.loop import Loop
 from optiq.engine.scheduler import Limits
 from optiq.engine.store import Cost, Storage
@@ -106,12 +107,13 @@ def test_answers_that_were_put_back_are_unchanged(kind, run_ahead):
     assert lost
 
 
-def test_a_sequence_is_put_back_with_what_it_has_written():
+def test_a_sequence_is_put_back_with_what_it_has_written(monkeypatch):
+    monkeypatch.setattr(scheduler, "_HEADROOM", 8)
     target = tiny_target("full", scale=SCALE)
     cost = Cost.of(target, 0, 512)
-    asked = [request([3, n], 290, seed=n, temperature=0.5) for n in range(3)]
+    asked = [request([3, n], 60, seed=n, temperature=0.5) for n in range(3)]
     expected = alone(target, *asked)
-    storage = Storage(memory_bytes=3 * cost(280))
+    storage = Storage(memory_bytes=3 * cost(70))
     drafter = Forced({a.tokens: e for a, e in zip(asked, expected, strict=True)}, 0.7, VOCAB)
     loop = Loop(target, drafter=drafter, storage=storage)
     sequences = [loop.add(each, Silent()) for each in asked]
@@ -121,7 +123,7 @@ def test_a_sequence_is_put_back_with_what_it_has_written():
         if written_by_then is None and loop._scheduler.num_waiting:
             written_by_then = sequences[2].written
     assert [s.tokens[2:] for s in sequences] == expected
-    assert written_by_then > 200
+    assert written_by_then > 20
 
 
 @pytest.mark.parametrize("kind", KINDS)
