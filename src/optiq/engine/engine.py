@@ -351,7 +351,7 @@ class Engine:
                 self._options.num_drafts,
                 constraint,
                 read.keys,
-                read.turn,
+                read.marks,
                 self._options.image_mask or "",
             )
             for choice, constraint in zip(asked.choices, asked.constraints, strict=True)
@@ -385,8 +385,8 @@ class Engine:
             self._check_ids(prompt)
             return raw, self.prompts.ids(tuple(prompt), images, detail)
         messages = cast(Sequence[Message], prompt)
-        turn = self._loop.store.needs_marks
-        return raw, self.prompts.chat(messages, chat, images, detail, find_turn=turn)
+        marks = self._loop.store.needs_marks
+        return raw, self.prompts.chat(messages, chat, images, detail, find_marks=marks)
 
     def _room(self, prompt: Prompt, sampling: Sampling) -> int:
         """Most tokens of the answer."""

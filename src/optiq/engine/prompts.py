@@ -24,13 +24,13 @@ class Prompt:
         tokens: with one id for each soft token of an image.
         features: (P, H), of the P image tokens; None without images.
         keys: what tells the tokens apart, by the content of images; None: their ids.
-        turn: tokens before the content of the last user's turn; 0 where that is not known.
+        marks: lengths from which another prompt is likely to go on, where they were asked for.
     """
 
     tokens: tuple[int, ...]
     features: mx.array | None = None
     keys: tuple[int, ...] | None = None
-    turn: int = 0
+    marks: tuple[int, ...] = ()
 
 
 class Prompts:
@@ -119,7 +119,7 @@ class Prompts:
         images: Sequence[Picture] = (),
         wanted: int | Detail | None = None,
         *,
-        find_turn: bool = False,
+        find_marks: bool = False,
     ) -> Prompt:
         """A conversation that waits for the model's turn.
 
@@ -128,7 +128,7 @@ class Prompts:
             options: tools and thinking.
             images: pictures, paths, or patches with their positions; default: what the parts hold.
             wanted: soft tokens of each at most, or the detail.
-            find_turn: say where the last turn of the user begins; the template is run once more.
+            find_marks: say where others may go on; the template is run twice more.
 
         Raises:
             UsageError: if there is no chat template, it has no place for something, the images are
@@ -143,23 +143,26 @@ class Prompts:
                 f"the messages have {len(read.images)} places for images and {len(images)} images "
                 "were given; give one image for each place"
             )
-        turn = self._text.turn(messages, options, read.ids) if find_turn else 0
-        return self._with_images(read.ids, images, wanted, turn)
+        marks = self._text.marks(messages, options, read.ids) if find_marks else ()
+        return self._with_images(read.ids, images, wanted, marks)
 
     def _with_images(
         self,
         tokens: Sequence[int],
         images: Sequence[Picture],
         wanted: int | Detail | None,
-        turn: int = 0,
+        marks: tuple[int, ...] = (),
     ) -> Prompt:
         """A prompt of which every image token becomes the soft tokens of an image."""
         if not images:
-            return Prompt(tuple(tokens), turn=turn)
+            return Prompt(tuple(tokens), marks=marks)
         patches = [self.vision.patches(image, wanted) for image in images]
-        before = tokens[:turn].count(self._image)
-        turn = len(self.vision.expand(tokens[:turn], patches[:before]))
-        return self._seen(self.vision.expand(tokens, patches), patches, turn)
+        before = [patches[: tokens[:mark].count(self._image)] for mark in marks]
+        marks = tuple(
+            len(self.vision.expand(tokens[:mark], some))
+            for mark, some in zip(marks, before, strict=True)
+        )
+        return self._seen(self.vision.expand(tokens, patches), patches, marks)
 
     def expanded(
         self, tokens: Sequence[int], images: Sequence[Picture], wanted: int | Detail | None = None
@@ -175,14 +178,16 @@ class Prompts:
         self.vision.match(tokens, patches)
         return self._seen(tokens, patches)
 
-    def _seen(self, tokens: Sequence[int], patches: Sequence[Patches], turn: int = 0) -> Prompt:
+    def _seen(
+        self, tokens: Sequence[int], patches: Sequence[Patches], marks: tuple[int, ...] = ()
+    ) -> Prompt:
         """An expanded prompt with what its images show."""
         if self._features is None:
             self._features = FeatureCache(self.vision.features)
         hashes = [content_hash(each) for each in patches]
         sizes = [len(each.pixels) for each in patches]
         keys = keys_of(tokens, self._image, list(zip(sizes, hashes, strict=True)))
-        return Prompt(tuple(tokens), self._features.of(patches, hashes), keys, turn)
+        return Prompt(tuple(tokens), self._features.of(patches, hashes), keys, marks)
 
 
 def user_message(text: str, num_images: int = 0) -> dict[str, Any]:

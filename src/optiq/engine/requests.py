@@ -60,7 +60,7 @@ class Request:
         num_drafts: drafts of a round; None lets measurements decide.
         constraint: a grammar.
         keys: what tells the tokens of the prompt apart, see `prefix_cache.Keys`; None: their ids.
-        turn: tokens up to where the last turn of the prompt begins, another of which may follow.
+        marks: lengths of the prompt from which another is likely to go on.
         namespace: what the past of a text depends on besides: adapter, mask.
     """
 
@@ -74,5 +74,5 @@ class Request:
     num_drafts: int | None = None
     constraint: Constraint | None = None
     keys: tuple[int, ...] | None = None
-    turn: int = 0
+    marks: tuple[int, ...] = ()
     namespace: str = ""

@@ -104,7 +104,7 @@ class Store:
             marks = {limit}
             if self._has_snapshots:
                 gain = found.length + self._storage.least_gain
-                marks |= {at for at in (found.matched, request.turn) if gain <= at < limit}
+                marks |= {at for at in (found.matched, *request.marks) if gain <= at < limit}
             if found.past is not None:
                 found.past.put(cache)
         sequence.begin(cache, self._chunk, marks)

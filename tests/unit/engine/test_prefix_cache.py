@@ -148,8 +148,8 @@ def conversation(rng, loop, ask):
             text = texts[rng.integers(len(texts))]
             at = rng.integers(1, len(text) + 1) if rng.random() < 0.4 else len(text)
             more = rng.integers(0, VOCAB, rng.integers(0, 8)).tolist()
-            turn = int(rng.integers(0, at + 1))
-            asked = ask([*text[:at], *more], seed=int(rng.integers(9)), turn=turn)
+            marks = (int(rng.integers(0, at + 1)),)
+            asked = ask([*text[:at], *more], seed=int(rng.integers(9)), marks=marks)
             group.append((asked, loop.add(asked, Silent())))
         while not loop.idle:
             loop.step()
@@ -181,9 +181,9 @@ def compare(target, loop, trees, ask, seed=0):
     return loop
 
 
-def greedy(tokens, seed, turn):
+def greedy(tokens, seed, marks):
     del seed
-    return request(tokens, 3, temperature=0, turn=turn)
+    return request(tokens, 3, temperature=0, marks=marks)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -209,9 +209,9 @@ def test_trees_of_conversations_with_a_drafter(drafter):
     chosen = assistant if drafter == "assistant" else NgramDrafter()
     loop = Loop(target, (), chosen, storage=Storage(prefix_bytes=PLENTY, least_gain=2))
 
-    def ask(tokens, seed, turn):
+    def ask(tokens, seed, marks):
         del seed
-        return request([t % 256 for t in tokens], 4, temperature=0, turn=turn, num_drafts=2)
+        return request([t % 256 for t in tokens], 4, temperature=0, marks=marks, num_drafts=2)
 
     compare(target, loop, 2, ask)
 
