@@ -27,6 +27,7 @@ from optiq.engine.requests import Constraint, Reader, Request
 from optiq.engine.sampling import Row, reported_rows, sampled
 from optiq.engine.scheduler import Limits, Scheduler, Step
 from optiq.engine.sequence import Drafting, SequenceState
+from optiq.engine.sharing import Sharing
 from optiq.engine.store import Storage, Store
 from optiq.engine.target import Target, as_row
 
@@ -62,6 +63,7 @@ class Loop:
         self._sequences: dict[int, SequenceState] = {}
         self._numbers = itertools.count()
         self._times = StepTimes()
+        self._sharing = Sharing()
         self._batch = _Batch()
 
     # -- what drivers call -----------------------------------------------------------------------
@@ -109,7 +111,8 @@ class Loop:
         self.store.make_room(self._scheduler.needed_bytes)
         self._prepare(step)
         writing = [self._sequences[number] for number in step.decode]
-        alone = [s for s in writing if s.begins_alone or (s.drafting and len(writing) == 1)]
+        apart = all(s.drafting for s in writing) and self._sharing.apart(len(writing))
+        alone = [s for s in writing if apart or s.begins_alone]
         together = [s for s in writing if s not in alone]
         if not self._batch.consists_of(together):
             _guarded(self._batch.members, self._land)
@@ -202,6 +205,8 @@ class Loop:
         if sequence.drafting is not None:
             seconds = time.perf_counter() - start
             sequence.drafting.pace.record(len(drafts), right, len(new), seconds)
+            if len(unread) == 1:  # and no chunk of a prompt
+                self._sharing.add_round(len(new), seconds)
         sequence.take(new, logprobs)
 
     def _pass(self, sequences: Sequence[SequenceState]) -> None:
@@ -210,12 +215,14 @@ class Loop:
         Where it may, the next pass is begun before the tokens of this one are looked at, so that
         the device does not wait for Python.
         """
+        start = time.perf_counter()
         if self._batch.flight is None:
             self._batch.flight = self._launched(sequences)
         flight, self._batch.flight = self._batch.flight, None
         if self._run_ahead and all(s.may_run_ahead for s in sequences):
             self._batch.flight = self._launched(sequences, flight.drawn)
         self._landed(flight)
+        self._sharing.add_pass(len(sequences), time.perf_counter() - start)
 
     def _launched(
         self, sequences: Sequence[SequenceState], drawn: mx.array | None = None

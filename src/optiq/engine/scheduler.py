@@ -152,7 +152,8 @@ class Scheduler:
     def next(self) -> Step:
         """The next step; the chunks in it count as read."""
         preempted = self._preempt()
-        self._admit()
+        if not preempted:
+            self._admit()
         forks = self._forks()
         ready = (n for n in self._running if not self._chunks[n] and n not in self._leaders)
         return Step(decode=tuple(ready), prefill=self._prefill(), forks=forks, preempted=preempted)

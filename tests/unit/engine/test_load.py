@@ -5,6 +5,7 @@ import pytest
 from optiq.engine import scheduler
 from optiq.engine.loop import Loop
 from optiq.engine.scheduler import Limits
+from optiq.engine.sharing import Sharing
 from optiq.engine.store import Cost, Storage
 from tests.drafters import Forced
 from tests.engine import CONFIGS, Silent, request, tiny_target, written
@@ -108,7 +109,7 @@ def test_answers_that_were_put_back_are_unchanged(kind, run_ahead):
 
 
 def test_a_sequence_is_put_back_with_what_it_has_written(monkeypatch):
-    monkeypatch.setattr(scheduler, "_HEADROOM", 8)
+    monkeypatch.setattr(scheduler, "_HEADROOM", 40)
     target = tiny_target("full", scale=SCALE)
     cost = Cost.of(target, 0, 512)
     asked = [request([3, n], 60, seed=n, temperature=0.5) for n in range(3)]
@@ -122,6 +123,7 @@ def test_a_sequence_is_put_back_with_what_it_has_written(monkeypatch):
         loop.step()
         if written_by_then is None and loop._scheduler.num_waiting:
             written_by_then = sequences[2].written
+    assert [s.error for s in sequences] == [None] * 3
     assert [s.tokens[2:] for s in sequences] == expected
     assert written_by_then > 20
 
@@ -140,3 +142,50 @@ def test_a_past_costs_what_was_computed_or_less(kind, count):
         most = max(most, sum({id(x): x.nbytes for x in held}.values()))
         assert most <= cost(len(sequence.tokens))
     assert most > 0.4 * cost(count + 12)
+
+
+# -- drafters under load -------------------------------------------------------------------------
+
+
+def simulated(count, round_tokens, round_seconds, pass_seconds, steps=3000):
+    """Tokens a second under the rule, and the share of steps in rounds."""
+    sharing, tokens, seconds, apart = Sharing(), 0, 0.0, 0
+    for _ in range(8):  # one sequence has been alone
+        sharing.add_round(round_tokens, round_seconds)
+    for _ in range(steps):
+        if sharing.apart(count):
+            apart += 1
+            for _ in range(count):
+                sharing.add_round(round_tokens, round_seconds)
+            tokens, seconds = tokens + count * round_tokens, seconds + count * round_seconds
+        else:
+            sharing.add_pass(count, pass_seconds)
+            tokens, seconds = tokens + count, seconds + pass_seconds
+    return tokens / seconds, apart / steps
+
+
+@pytest.mark.parametrize("count", [2, 4, 16])
+@pytest.mark.parametrize("round_tokens", [1, 2, 4, 8])
+@pytest.mark.parametrize("pass_seconds", [1.0, 3.0])
+def test_the_faster_of_rounds_and_passes_is_taken(count, round_tokens, pass_seconds):
+    best = max(round_tokens / 1.3, count / pass_seconds)
+    rate, apart = simulated(count, round_tokens, 1.3, pass_seconds)
+    assert rate > 0.9 * best
+    if abs(round_tokens / 1.3 - count / pass_seconds) > 0.2 * best:
+        assert (apart > 0.5) == (round_tokens / 1.3 > count / pass_seconds)
+
+
+def test_rounds_and_passes_are_timed_and_the_rule_is_asked():
+    """Two answers with a drafter, whatever the machine says, are those without."""
+    target = tiny_target("sliding", scale=SCALE)
+    asked = [request([3, n], 50, temperature=0) for n in range(2)]
+    expected = alone(target, *asked)
+    answers = {a.tokens: e for a, e in zip(asked, expected, strict=True)}
+    for apart in (True, False):
+        loop = Loop(target, drafter=Forced(answers, 1.0, VOCAB))
+        loop._sharing.apart = lambda count, apart=apart: apart or count < 2
+        found, begun = together(loop, *([each] for each in asked))
+        assert found == expected
+        assert all((s.report.drafted > 0) == apart for s in begun)
+        assert bool(loop._sharing._passes[2]) != apart
+        assert bool(loop._sharing._rounds) == apart
