@@ -24,6 +24,7 @@ __all__ = [
     "is_cuda",
     "load_arrays",
     "memory_bytes",
+    "memory_left",
     "mx",
     "nn",
     "save_arrays",
@@ -59,6 +60,22 @@ def memory_bytes() -> int:
     """Memory of the device that MLX computes on: of the GPU if it has its own, else of the host."""
     own = None if is_cpu() else mx.device_info().get("total_memory")
     return int(own) if own else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def memory_left() -> int:
+    """Memory that is free for more arrays: of the GPU if it has its own, else of the host."""
+    own = None if is_cpu() else mx.device_info().get("total_memory")
+    try:
+        host = _available_bytes(Path("/proc/meminfo").read_text(encoding="ascii"))
+    except OSError:  # where there is no such file, others on the machine are not counted
+        host = memory_bytes() - mx.get_active_memory()
+    return max(0, int(own) - mx.get_active_memory() if own else host)
+
+
+def _available_bytes(meminfo: str) -> int:
+    """`MemAvailable` of Linux's table, which is in KiB."""
+    rows = (line.split() for line in meminfo.splitlines())
+    return next(1024 * int(row[1]) for row in rows if row[0] == "MemAvailable:")
 
 
 def load_arrays(path: Path) -> dict[str, mx.array]:

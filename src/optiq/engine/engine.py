@@ -6,9 +6,11 @@ import dataclasses
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard, cast
+
+import numpy as np
 
 from optiq.backend import mx
 from optiq.engine.drafters import Drafter, Pairing, open_drafter
@@ -25,53 +27,25 @@ from optiq.engine.events import (
 from optiq.engine.loading import Opened, open_target
 from optiq.engine.loop import Loop
 from optiq.engine.messages import ChatOptions, Message, Tool
+from optiq.engine.options import EngineOptions
 from optiq.engine.output import OutputFormat
-from optiq.engine.pace import MAX_DRAFTS, DraftReport
+from optiq.engine.pace import DraftReport
 from optiq.engine.prompts import Prompt, Prompts
+from optiq.engine.reading import drained, embedded, scored, states_of
 from optiq.engine.requests import Constraint, Request
-from optiq.engine.sampling import Sampling
-from optiq.engine.scheduler import Limits
+from optiq.engine.sampling import MAX_TOP_LOGPROBS, Sampling
 from optiq.engine.sequence import SequenceState
-from optiq.engine.target import as_row
 from optiq.errors import ContextExceeded, EngineFailure, OptiqError, UsageError
 from optiq.events import Emit, no_emit
-from optiq.models.families.gemma4 import ImageMask, chunks
 from optiq.models.generation import read_generation
 from optiq.models.load import context_length, load_tokenizer
 from optiq.models.vision.gemma4 import Picture
 from optiq.models.vision.patches import Detail
 from optiq.upstream import TokenizerWrapper
 
+__all__ = ["Engine", "EngineOptions", "Generation", "Result", "load"]
+
 _NO_CONTEXT = 1 << 20
-_CHUNK = 512
-
-
-@dataclasses.dataclass(frozen=True)
-class EngineOptions:
-    """How a model is loaded and run.
-
-    Attributes:
-        memory_limit: most bytes of weights, such as `8GB`; default: four fifths of the memory.
-        num_drafts: drafts of a round; None lets measurements decide.
-        image_mask: see `families.gemma4.Gemma4`.
-        position_base: of a Gemma-4 drafter, see `families.gemma4_assistant.Drafting`.
-        sliding_keys: of a Gemma-4 drafter, see there.
-        limits: of a step.
-        tokenizer: directory of the tokenizer, where it is not the model's.
-    """
-
-    memory_limit: str | None = None
-    num_drafts: int | None = None
-    image_mask: ImageMask | None = None
-    position_base: int = 1
-    sliding_keys: int | None = None
-    limits: Limits = Limits()
-    tokenizer: Path | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse a number of drafts that no round can have."""
-        if self.num_drafts is not None and not 0 <= self.num_drafts <= MAX_DRAFTS:
-            raise UsageError(f"num_drafts is {self.num_drafts}; give 0 to {MAX_DRAFTS}, or None")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +73,18 @@ class Result:
     usage: Usage
     logprobs: tuple[TokenLogprob, ...]
     acceptance: DraftReport | None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Asked:
+    """A prompt as it was given, and a number and a grammar for each answer to it."""
+
+    prompt: str | Sequence[int] | Sequence[Message]
+    images: Sequence[Picture]
+    chat: ChatOptions
+    detail: int | Detail | None
+    constraints: Sequence[Constraint | None]
+    choices: Sequence[int]
 
 
 class Generation:
@@ -221,9 +207,12 @@ class Engine:
                 self._options.sliding_keys,
             )
             self._drafter = open_drafter(drafter, pairing)
-        slack = max(0, (self._options.sliding_keys or 0) - 1)
         self._loop = Loop(
-            self._target, self._defaults.suppressed, self._drafter, self._options.limits, slack
+            self._target,
+            self._defaults.suppressed,
+            self._drafter,
+            self._options.limits,
+            self._options.storage(),
         )
         self._lock = threading.RLock()
         self._abandoned: deque[SequenceState] = deque()
@@ -232,11 +221,12 @@ class Engine:
 
     def generate(  # noqa: PLR0913  what a request consists of
         self,
-        prompt: str | Sequence[Message],
+        prompt: str | Sequence[int] | Sequence[Message],
         images: Sequence[Picture] = (),
         tools: Sequence[Tool] = (),
         *,
         thinking: bool = False,
+        continue_final: bool = False,
         image_detail: int | Detail | None = None,
         constraint: Constraint | None = None,
         choice: int = 0,
@@ -247,12 +237,13 @@ class Engine:
         Several answers at a time share the passes of the model: begin them all, then iterate.
 
         Args:
-            prompt: text to go on with, in which special tokens are parsed, or messages, which go
-                through the chat template.
+            prompt: text to go on with, in which special tokens are parsed; token ids, which are
+                taken as they are; or messages, which go through the chat template.
             images: pictures, paths, or patches with positions; the prompt has an image marker, the
                 messages a part of type `image`, for each. Default: what the parts hold.
             tools: OpenAI function schemas, for messages.
             thinking: let the model think first, where it can.
+            continue_final: go on with the last message, which is the assistant's.
             image_detail: soft tokens of an image at most, or `low`, `auto`, `high`.
             constraint: a grammar that the answer obeys.
             choice: number of the answer among those of one prompt and seed.
@@ -263,41 +254,124 @@ class Engine:
         Raises:
             UsageError: if something cannot be honoured.
         """
+        chat = ChatOptions(tools, thinking, continue_final)
+        asked = _Asked(prompt, images, chat, image_detail, (constraint,), (choice,))
+        return self._begin(asked, **sampling)[0]
+
+    def generate_choices(  # noqa: PLR0913  what a request consists of
+        self,
+        prompt: str | Sequence[int] | Sequence[Message],
+        images: Sequence[Picture] = (),
+        tools: Sequence[Tool] = (),
+        *,
+        choices: int,
+        thinking: bool = False,
+        continue_final: bool = False,
+        image_detail: int | Detail | None = None,
+        constraints: Sequence[Constraint | None] | None = None,
+        **sampling: Any,  # noqa: ANN401  fields of Sampling
+    ) -> list[Generation]:
+        """Write several answers to one prompt, which is read once.
+
+        They are the answers of `generate` with the numbers 0 to `choices` - 1 and one seed. Of more
+        answers than run at a time, those that wait read the prompt again, unless it is kept.
+
+        Args:
+            prompt: see `generate`, as all that is not named here.
+            images: see there.
+            tools: see there.
+            choices: number of answers, at least 1.
+            thinking: see there.
+            continue_final: see there.
+            image_detail: see there.
+            constraints: a grammar for each answer.
+            sampling: see there.
+
+        Raises:
+            UsageError: if something cannot be honoured.
+        """
+        if choices < 1:
+            raise UsageError(f"{choices} answers are not possible; ask for at least 1")
+        chat = ChatOptions(tools, thinking, continue_final)
+        each = constraints or (None,) * choices
+        asked = _Asked(prompt, images, chat, image_detail, each, range(choices))
+        return self._begin(asked, **sampling)
+
+    def _begin(self, asked: _Asked, **sampling: Any) -> list[Generation]:  # noqa: ANN401
+        """Queue the answers to one prompt."""
         settings = Sampling.of(self._defaults, **sampling).seeded()
         settings.check_vocabulary(self._target.vocab_size)
-        raw = isinstance(prompt, str)
-        if isinstance(prompt, str):
-            if tools or thinking:
-                raise UsageError("tools and thinking need messages; the prompt is text")
-            read = self.prompts.raw(prompt, images, image_detail)
-        else:
-            chat = ChatOptions(tools, thinking)
-            read = self.prompts.chat(prompt, chat, images, image_detail)
-        request = Request(
-            read.tokens,
-            settings,
-            self._room(read, settings),
-            self._stop,
-            read.features,
-            self._target.image_token_id,
-            choice,
-            self._options.num_drafts,
-            constraint,
-        )
-        parser = self._output.parser(stop=settings.stop, tools=tools, prompt=read.tokens, raw=raw)
+        raw, read = self._read(asked.prompt, asked.chat, asked.images, asked.detail)
+        room = self._room(read, settings)
+        requests = [
+            Request(
+                read.tokens,
+                settings,
+                room,
+                self._stop,
+                read.features,
+                self._target.image_token_id,
+                choice,
+                self._options.num_drafts,
+                constraint,
+                read.keys,
+                read.marks,
+                self._options.image_mask or "",
+            )
+            for choice, constraint in zip(asked.choices, asked.constraints, strict=True)
+        ]
+        tools = asked.chat.tools
+        parsers = [
+            self._output.parser(stop=settings.stop, tools=tools, prompt=read.tokens, raw=raw)
+            for _ in requests
+        ]
         with self._lock:
             self._clear()
-            return Generation(self, self._loop.add(request, parser))
+            begun = self._loop.add_choices(requests, parsers)
+            return [Generation(self, sequence) for sequence in begun]
+
+    def _read(
+        self,
+        prompt: str | Sequence[int] | Sequence[Message],
+        chat: ChatOptions,
+        images: Sequence[Picture],
+        detail: int | Detail | None,
+    ) -> tuple[bool, Prompt]:
+        """A prompt of any kind as tokens, and whether it is none of messages."""
+        raw = isinstance(prompt, str) or _is_ids(prompt)
+        if raw and chat != ChatOptions():
+            raise UsageError(
+                "tools, thinking and continue_final need messages; the prompt is text or tokens"
+            )
+        if isinstance(prompt, str):
+            return raw, self.prompts.raw(prompt, images, detail)
+        if _is_ids(prompt):
+            self._check_ids(prompt)
+            return raw, self.prompts.ids(tuple(prompt), images, detail)
+        messages = cast(Sequence[Message], prompt)
+        marks = self._loop.store.needs_marks
+        return raw, self.prompts.chat(messages, chat, images, detail, find_marks=marks)
 
     def _room(self, prompt: Prompt, sampling: Sampling) -> int:
         """Most tokens of the answer."""
-        room = (self.context or _NO_CONTEXT) - len(prompt.tokens)
+        used, most = len(prompt.tokens), sampling.max_tokens
+        room = (self.context or _NO_CONTEXT) - used
         if room < 1:
             raise ContextExceeded(
-                f"the prompt has {len(prompt.tokens)} tokens, and the context of the model is "
-                f"{self.context}; shorten it"
+                f"the prompt has {used} tokens, and the context of the model is {self.context}; "
+                "shorten it"
             )
-        return room if sampling.max_tokens is None else min(sampling.max_tokens, room)
+        room = room if most is None else min(most, room)
+        if self._loop.longest is None or used + room <= self._loop.longest:
+            return room
+        fits = self._loop.longest - used
+        if fits < 1 or most is not None:
+            raise ContextExceeded(
+                f"a prompt of {used} tokens with an answer of {room if most else 1} does not fit "
+                f"into the memory for pasts, which takes {self._loop.longest}; shorten them, or "
+                "give more kv_memory"
+            )
+        return fits
 
     def _next(self, sequence: SequenceState) -> Event | None:
         """The next event of a sequence; steps of the loop are run until there is one."""
@@ -366,7 +440,7 @@ class Engine:
         read = self._checked(token_ids, images)
         with self._lock:
             cache = self._target.make_cache()
-            return self._target.logits(self._states(read, cache))[0]
+            return self._target.logits(states_of(self._target, read, cache))[0]
 
     def draft_logits(
         self, token_ids: Sequence[int], images: Sequence[Picture] = (), *, num_drafts: int = 3
@@ -389,30 +463,98 @@ class Engine:
         read = self._checked(token_ids, images)
         with self._lock:
             cache = self._target.make_cache(self._options.sliding_keys or 0)
-            states = self._states(dataclasses.replace(read, tokens=read.tokens[:-1]), cache)
+            all_but_last = dataclasses.replace(read, tokens=read.tokens[:-1])
+            states = states_of(self._target, all_but_last, cache)
             return self._drafter.logits(read.tokens, states[:, -1:], cache, num_drafts)
 
     def _checked(self, token_ids: Sequence[int], images: Sequence[Picture]) -> Prompt:
+        self._check_ids(token_ids)
+        return self.prompts.expanded([int(token) for token in token_ids], images)
+
+    def _check_ids(self, token_ids: Sequence[int]) -> None:
         wrong = [token for token in token_ids if not 0 <= token < self._target.vocab_size]
         if wrong or not len(token_ids):
             raise UsageError(
                 f"token ids must be 0 to {self._target.vocab_size - 1}, not "
                 f"{wrong[0] if wrong else 'none at all'}"
             )
-        return self.prompts.expanded([int(token) for token in token_ids], images)
 
-    def _states(self, prompt: Prompt, cache: Any) -> mx.array:  # noqa: ANN401
-        """States after all tokens, a chunk at a time."""
-        features, used, out = prompt.features, 0, []
-        image = self._target.image_token_id if features is not None else None
-        for part in chunks(prompt.tokens, _CHUNK, image):
-            tokens = prompt.tokens[part]
-            count = tokens.count(image) if image is not None else 0
-            given = features[used : used + count] if features is not None and count else None
-            used += count
-            out.append(self._target.states(as_row(tokens), cache, given))
-            mx.eval(out[-1], cache.arrays)
-        return mx.concatenate(out, axis=1)
+    # -- texts that are read and not answered ----------------------------------------------------
+
+    def embed(self, inputs: Sequence[str | Sequence[int]]) -> list[np.ndarray]:
+        """What the model makes of texts as wholes: (H,) float32 each, of length 1.
+
+        The mean of the states after the final norm over all tokens that are not special.
+
+        Args:
+            inputs: texts, which get a BOS where the model wants one and in which special tokens are
+                ordinary text; or token ids, which are taken as they are.
+
+        Raises:
+            UsageError: if one has nothing but special tokens, or is longer than the context.
+        """
+        return drained(self.embed_steps(inputs))
+
+    def embed_steps(
+        self, inputs: Sequence[str | Sequence[int]]
+    ) -> Generator[None, None, list[np.ndarray]]:
+        """`embed` in steps, one after each chunk, so that answers can go on between them."""
+        texts = [self._embeddable(given) for given in inputs]
+        special = set(self.tokenizer.all_special_ids)
+        return embedded(self._target, texts, special, self._lock)
+
+    def prompt_logprobs(
+        self, token_ids: Sequence[int], images: Sequence[Picture] = (), *, top: int = 0
+    ) -> list[TokenLogprob | None]:
+        """How likely every token of a text was after those before it; None for the first.
+
+        They are those that answers report: float32, after the soft-cap and without the tokens that
+        are never written, before temperature.
+
+        Args:
+            token_ids: the text, with one image id for each soft token.
+            images: of the text.
+            top: most likely tokens to name at each place.
+
+        Raises:
+            UsageError: if there are no tokens, too many, or the images are not those of the text.
+        """
+        return drained(self.prompt_logprob_steps(token_ids, images, top=top))
+
+    def prompt_logprob_steps(
+        self, token_ids: Sequence[int], images: Sequence[Picture] = (), *, top: int = 0
+    ) -> Generator[None, None, list[TokenLogprob | None]]:
+        """`prompt_logprobs` in steps, one after each chunk."""
+        if not 0 <= top <= MAX_TOP_LOGPROBS:
+            raise UsageError(f"top is {top}; give 0 to {MAX_TOP_LOGPROBS}")
+        read = self._checked(token_ids, images)
+        self._check_length(len(read.tokens))
+        return scored(self._target, read, self._defaults.suppressed, top, self._lock)
+
+    def _embeddable(self, given: str | Sequence[int]) -> tuple[int, ...]:
+        if isinstance(given, str):
+            tokens = self.prompts.plain(given)
+        else:
+            self._check_ids(given)
+            tokens = tuple(given)
+        self._check_length(len(tokens))
+        if set(tokens) <= set(self.tokenizer.all_special_ids):
+            raise UsageError("an input has no tokens but special ones; give some text")
+        return tokens
+
+    def _check_length(self, count: int) -> None:
+        """Refuse a text that cannot be read."""
+        longest = min(self.context or _NO_CONTEXT, self._loop.longest or _NO_CONTEXT)
+        if count > longest:
+            raise UsageError(
+                f"the text has {count} tokens, and there is room for {longest}: the context of the "
+                f"model is {self.context}; shorten it, or give more kv_memory"
+            )
+
+
+def _is_ids(prompt: Sequence[Any]) -> TypeGuard[Sequence[int]]:
+    """Whether a prompt is token ids, and not text or messages."""
+    return bool(prompt) and all(type(token) is int for token in prompt)
 
 
 def _failure(sequence: SequenceState) -> OptiqError:

@@ -17,7 +17,11 @@ from optiq.backend import mx
 from optiq.errors import EngineFailure, UnsupportedModel
 from optiq.upstream import ArraysCache, CacheList, KVCache, RotatingKVCache
 
-_MIN_ROOM = 256
+ROOM = 256
+"""Columns by which a cache grows at least."""
+
+FULL_ROOM = 8
+"""A cache without a window grows by its length over this."""
 
 
 class KeyValueCache:
@@ -118,7 +122,7 @@ class KeyValueCache:
         if self._end + count <= held:
             return
         kept = self._most
-        room = kept + count + max(_MIN_ROOM, kept // 8 if self.window is None else 0)
+        room = kept + count + max(ROOM, kept // FULL_ROOM if self.window is None else 0)
         self.keys = self._moved(self.keys, keys, kept, room)
         self.values = self._moved(self.values, values, kept, room)
         self._end = kept
@@ -156,6 +160,38 @@ class KeyValueCache:
             )
         span = slice(self._end - wanted, self._end)
         return self.keys[:, :, span], self.values[:, :, span]
+
+    def piece(self, start: int, stop: int) -> tuple[mx.array, mx.array]:
+        """Copies of the keys and values of some tokens of one sequence, and of no others."""
+        span = slice(*(self._end - self.lengths[0] + at for at in (start, stop)))
+        assert self.keys is not None
+        assert self.values is not None
+        return mx.contiguous(self.keys[:, :, span]), mx.contiguous(self.values[:, :, span])
+
+    def fill(self, pieces: Sequence[tuple[mx.array, mx.array]], length: int) -> None:
+        """Take the last tokens of a text of this length, which are copied; the cache is empty."""
+        self._end = sum(keys.shape[2] for keys, _ in pieces)
+        self.keys, self.values = (
+            _padded(mx.concatenate(list(side), axis=2), self._end, ROOM)
+            for side in zip(*pieces, strict=True)
+        )
+        self.lengths = [length]
+
+    @property
+    def column_bytes(self) -> int:
+        """Bytes of a token of one sequence; 0 while nothing was taken in."""
+        sides = [x for x in (self.keys, self.values) if x is not None]
+        return sum(x.shape[1] * x.shape[3] * x.itemsize for x in sides)
+
+    def fork(self) -> KeyValueCache:
+        """The same past for another sequence; arrays are shared until one is written."""
+        out = KeyValueCache(self.window, self.slack)
+        out.lengths, out._end, out._seen = list(self.lengths), self._end, self._seen
+        # MLX writes into arrays in place: another handle keeps what is there now
+        out.keys, out.values = (
+            None if x is None else mx.array(x) for x in (self.keys, self.values)
+        )
+        return out
 
     def trim(self, counts: Sequence[int]) -> None:
         """Take back the last tokens.
@@ -216,7 +252,7 @@ class KeyValueCache:
         out._end = max(kept)
         pairs = [cache.last(count) for cache, count in zip(caches, kept, strict=True)]
         sides = [
-            mx.concatenate([_padded(x, out._end, _MIN_ROOM) for x in side])
+            mx.concatenate([_padded(x, out._end, ROOM) for x in side])
             for side in zip(*pairs, strict=True)
         ]
         out.keys, out.values = sides
@@ -272,10 +308,14 @@ def _own(cache: Any, slack: int) -> Any:  # noqa: ANN401
     return make(cache, slack)
 
 
+States = list[list[mx.array | None]]
+"""Arrays of the layers that cannot forget, by layer."""
+
+
 class Checkpoint:
     """Where a sequence was: its length, and the states that cannot be taken back."""
 
-    def __init__(self, length: int, states: list[list[mx.array | None]]) -> None:
+    def __init__(self, length: int, states: States) -> None:
         self.length, self.states = length, states
 
 
@@ -319,9 +359,12 @@ class SequenceCache:
 
     def checkpoint(self) -> Checkpoint:
         """Where a single sequence is now."""
-        # MLX writes into arrays in place: another handle keeps what is there now
-        states = [[None if x is None else mx.array(x) for x in s.cache] for s in self.states]
-        return Checkpoint(self.length, states)
+        return Checkpoint(self.length, [_handles(leaf.cache) for leaf in self.states])
+
+    def restore(self, states: States) -> None:
+        """Take the states of a checkpoint."""
+        for leaf, kept in zip(self.states, states, strict=True):
+            leaf.cache = _handles(kept)
 
     def back_to(self, point: Checkpoint, length: int) -> int:
         """Take back the last tokens of a single sequence.
@@ -337,10 +380,13 @@ class SequenceCache:
         left = point.length if self.states else length
         for leaf in self.attention:
             leaf.trim([self.length - left])
-        for leaf, kept in zip(self.states, point.states, strict=True):
-            leaf.cache = list(kept)
+        self.restore(point.states)
         self.length = left
         return left
+
+    def fork(self) -> SequenceCache:
+        """The same past for another sequence; nothing is copied until one of them goes on."""
+        return _gathered([_forked(layer) for layer in self.layers], self.length)
 
     def row(self, index: int, length: int) -> SequenceCache:
         """One sequence of several as a cache of its own."""
@@ -372,6 +418,21 @@ def _row(layer: Any, index: int) -> Any:  # noqa: ANN401
     out: Any = ArraysCache(len(layer.cache))
     out.cache = [None if x is None else x[index : index + 1] for x in layer.cache]
     return out
+
+
+def _forked(layer: Any) -> Any:  # noqa: ANN401
+    if isinstance(layer, KeyValueCache):
+        return layer.fork()
+    if isinstance(layer, CacheList):
+        return CacheList(*map(_forked, layer.caches))
+    out: Any = ArraysCache(len(layer.cache))
+    out.cache = _handles(layer.cache)
+    return out
+
+
+def _handles(arrays: Sequence[mx.array | None]) -> list[mx.array | None]:
+    """The same arrays under other handles: MLX writes into arrays in place."""
+    return [None if x is None else mx.array(x) for x in arrays]
 
 
 def _joined(layers: Sequence[Any]) -> Any:  # noqa: ANN401

@@ -12,6 +12,7 @@ draft is accepted if it equals that draw. The text is that of plain decoding, at
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -23,9 +24,11 @@ from optiq.engine.events import FinishReason, TokenLogprob
 from optiq.engine.kv_cache import SequenceCache
 from optiq.engine.pace import MAX_DRAFTS, Pace, StepTimes
 from optiq.engine.requests import Constraint, Reader, Request
-from optiq.engine.sampling import Row, most_likely, reported_logprobs, sampled
-from optiq.engine.scheduler import Limits, Scheduler
+from optiq.engine.sampling import Row, reported_rows, sampled
+from optiq.engine.scheduler import Limits, Scheduler, Step
 from optiq.engine.sequence import Drafting, SequenceState
+from optiq.engine.sharing import Sharing
+from optiq.engine.store import Storage, Store
 from optiq.engine.target import Target, as_row
 
 
@@ -37,7 +40,7 @@ class Loop:
         suppressed: tokens that are never written.
         drafter: what proposes tokens.
         limits: of a step.
-        slack: see `Target.make_cache`.
+        storage: of pasts.
         run_ahead: begin a pass before the tokens of the last one are looked at; it costs a pass
             for nothing at the end of an answer. Default: where the device is not the CPU.
     """
@@ -48,37 +51,54 @@ class Loop:
         suppressed: Sequence[int] = (),
         drafter: Drafter | None = None,
         limits: Limits | None = None,
-        slack: int = 0,
+        storage: Storage | None = None,
         run_ahead: bool | None = None,
     ) -> None:
         self._run_ahead = not is_cpu() if run_ahead is None else run_ahead
         self.target, self.drafter = target, drafter
         self._suppressed = tuple(suppressed)
-        self._slack = slack
-        self._scheduler = Scheduler(limits)
+        limits = limits or Limits()
+        self.store = Store(target, storage or Storage(), limits.prefill_tokens)
+        self._scheduler = Scheduler(self._begin, limits, self.store.memory)
         self._sequences: dict[int, SequenceState] = {}
         self._numbers = itertools.count()
         self._times = StepTimes()
+        self._sharing = Sharing()
         self._batch = _Batch()
 
     # -- what drivers call -----------------------------------------------------------------------
 
     def add(self, request: Request, reader: Reader) -> SequenceState:
         """Queue a request; its events appear in `SequenceState.events` as steps are taken."""
-        drafting = None
-        if self.drafter is not None and request.num_drafts != 0:
-            pace = Pace(self._times, request.num_drafts)
-            drafting = Drafting(self.drafter.name, self.drafter.start(), pace)
-        chunk = self._scheduler.limits.prefill_tokens
-        cache = self.target.make_cache(self._slack)
-        sequence = SequenceState(request, cache, reader, drafting, chunk)
-        if request.max_tokens < 1:
-            sequence.end("length")
-            return sequence
-        number = next(self._numbers)
-        self._sequences[number] = sequence
-        self._scheduler.add(number, tuple(sequence.parts))
-        return sequence
+        return self.add_choices([request], [reader])[0]
+
+    def add_choices(
+        self, requests: Sequence[Request], readers: Sequence[Reader]
+    ) -> list[SequenceState]:
+        """Queue several answers to one prompt, which is read once where they run together."""
+        leader, out = None, []
+        for request, reader in zip(requests, readers, strict=True):
+            sequence = SequenceState(request, reader, self._drafting(request))
+            out.append(sequence)
+            if request.max_tokens < 1:
+                sequence.end("length")
+                continue
+            number = next(self._numbers)
+            self._sequences[number] = sequence
+            self._scheduler.add(number, len(request.tokens), leader)
+            leader = number if leader is None else leader
+        return out
+
+    def _drafting(self, request: Request) -> Drafting | None:
+        if self.drafter is None or request.num_drafts == 0:
+            return None
+        pace = Pace(self._times, request.num_drafts)
+        return Drafting(self.drafter.name, self.drafter.start(), pace)
+
+    @functools.cached_property
+    def longest(self) -> int | None:
+        """Tokens of the longest sequence that memory has room for; None for any length."""
+        return self.store.memory.longest() if self.store.memory else None
 
     @property
     def idle(self) -> bool:
@@ -88,8 +108,11 @@ class Loop:
     def step(self) -> None:
         """Run one step. What fails for one sequence ends that sequence, with its `error`."""
         step = self._scheduler.next()
+        self.store.make_room(self._scheduler.needed_bytes)
+        self._prepare(step)
         writing = [self._sequences[number] for number in step.decode]
-        alone = [s for s in writing if s.begins_alone or (s.drafting and len(writing) == 1)]
+        apart = all(s.drafting for s in writing) and self._sharing.apart(len(writing))
+        alone = [s for s in writing if apart or s.begins_alone]
         together = [s for s in writing if s not in alone]
         if not self._batch.consists_of(together):
             _guarded(self._batch.members, self._land)
@@ -101,7 +124,30 @@ class Loop:
             _guarded(together, self._pass)
         for number in step.prefill:
             _guarded([self._sequences[number]], self._read)
+        for number in step.decode:
+            self._scheduler.grown(number, len(self._sequences[number].tokens))
         self._forget(number for number, s in list(self._sequences.items()) if s.done)
+
+    def _begin(self, number: int) -> Sequence[int]:
+        """Sizes of the chunks that a sequence has to read."""
+        sequence = self._sequences[number]
+        _guarded([sequence], lambda _: self.store.begin(sequence))
+        return tuple(sequence.parts)
+
+    def _prepare(self, step: Step) -> None:
+        """Take pasts from sequences that are put back, and give followers that of their leader."""
+        lost = [self._sequences[number] for number in step.preempted]
+        if any(s in lost for s in self._batch.members):
+            _guarded(self._batch.members, self._land)
+            self._batch.arrange([s for s in self._batch.members if s not in lost and not s.done])
+        for number, sequence in zip(step.preempted, lost, strict=True):
+            sequence.lose()
+            self._scheduler.grown(number, len(sequence.tokens))
+            if sequence.drafting is not None and self.drafter is not None:
+                session = self.drafter.start()
+                sequence.drafting = dataclasses.replace(sequence.drafting, session=session)
+        for leader, follower in step.forks:
+            self._sequences[follower].take_over(self._sequences[leader])
 
     def cancel(self, sequence: SequenceState, reason: FinishReason = "cancelled") -> None:
         """End a sequence before the next step."""
@@ -112,7 +158,9 @@ class Loop:
     def _forget(self, numbers: Iterable[int]) -> None:
         for number in numbers:
             self._scheduler.remove(number)
-            del self._sequences[number]
+            sequence = self._sequences.pop(number)
+            if sequence.error is None:
+                self.store.keep(sequence, self._batch.cache_of(sequence))
         if self.idle:
             self._batch = _Batch()  # which holds caches
 
@@ -128,6 +176,8 @@ class Loop:
             sequence.state = states[:, -1:]
             mx.eval(sequence.state)
         mx.eval(sequence.cache.arrays)
+        if sequence.cache.length in sequence.marks:
+            self.store.keep(sequence, sequence.cache)
 
     def _round(self, sequences: Sequence[SequenceState]) -> None:
         """One round of a sequence: drafts, if it has a drafter, and a token that is no draft."""
@@ -155,6 +205,8 @@ class Loop:
         if sequence.drafting is not None:
             seconds = time.perf_counter() - start
             sequence.drafting.pace.record(len(drafts), right, len(new), seconds)
+            if len(unread) == 1:  # and no chunk of a prompt
+                self._sharing.add_round(len(new), seconds)
         sequence.take(new, logprobs)
 
     def _pass(self, sequences: Sequence[SequenceState]) -> None:
@@ -163,12 +215,14 @@ class Loop:
         Where it may, the next pass is begun before the tokens of this one are looked at, so that
         the device does not wait for Python.
         """
+        start = time.perf_counter()
         if self._batch.flight is None:
             self._batch.flight = self._launched(sequences)
         flight, self._batch.flight = self._batch.flight, None
         if self._run_ahead and all(s.may_run_ahead for s in sequences):
             self._batch.flight = self._launched(sequences, flight.drawn)
         self._landed(flight)
+        self._sharing.add_pass(len(sequences), time.perf_counter() - start)
 
     def _launched(
         self, sequences: Sequence[SequenceState], drawn: mx.array | None = None
@@ -227,16 +281,8 @@ class Loop:
         """Log-probabilities of the tokens of rows of logits; none where no row asks for them."""
         if not any(row.sampling.logprobs for row in rows):
             return []
-        reported = reported_logprobs(logits, self._suppressed)
-        own = _numbers(mx.take_along_axis(reported, mx.array(list(tokens))[:, None], axis=-1)[:, 0])
-        count = max(row.sampling.top_logprobs for row in rows)
-        ids, values = most_likely(reported, count)
-        found = []
-        for index, row in enumerate(rows):
-            pairs = zip(ids[index], values[index], strict=True)
-            top = tuple(itertools.islice(pairs, row.sampling.top_logprobs))
-            found.append(TokenLogprob(tokens[index], own[index], top))
-        return found
+        top = [row.sampling.top_logprobs for row in rows]
+        return reported_rows(logits, tokens, self._suppressed, top)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,6 +317,13 @@ class _Batch:
         return len(members) == len(self.members) and all(
             a is b for a, b in zip(members, self.members, strict=True)
         )
+
+    def cache_of(self, sequence: SequenceState) -> SequenceCache:
+        """The past of a sequence, member or not."""
+        for index, member in enumerate(self.members):
+            if member is sequence:
+                return self.cache.row(index, sequence.cache.length)
+        return sequence.cache
 
     def arrange(self, members: Sequence[SequenceState]) -> None:
         """Let these sequences be the batch; those that leave get their own cache back.

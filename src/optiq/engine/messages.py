@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -91,6 +92,11 @@ class Prompter:
         self._check_images(ids, num_images, "prompt")
         return Prompt(tuple(ids), (None,) * num_images)
 
+    def plain(self, text: str) -> tuple[int, ...]:
+        """Text in which no token is special, after BOS where the model wants it."""
+        ids = self._encoder.encode_plain(self._encoder.writable(text))
+        return tuple(ids if self._bos is None else [self._bos, *ids])
+
     def chat(self, messages: Sequence[Message], options: ChatOptions | None = None) -> Prompt:
         """A prompt of a conversation that waits for the assistant.
 
@@ -121,6 +127,32 @@ class Prompter:
         ids = self._continued(ids, text, final, guard) if final else ids
         self._check_images(ids, len(images), "conversation, as its template writes it,")
         return Prompt(tuple(ids), images)
+
+    def marks(
+        self, messages: Sequence[Message], options: ChatOptions | None, ids: Sequence[int]
+    ) -> tuple[int, ...]:
+        """Lengths of a prompt from which another is likely to go on differently.
+
+        They are where the content of the last user's turn begins, as another try of it would have
+        it, and where the prompt ends as part of a longer conversation.
+
+        Args:
+            messages: as given to `chat`.
+            options: likewise.
+            ids: what it made of them.
+
+        Cost: two more runs of the template.
+        """
+        same = dataclasses.replace(options or ChatOptions(), continue_final=False)
+        last = max((i for i, m in enumerate(messages) if m.get("role") == "user"), default=-1)
+        others: list[list[Message]] = []
+        if last >= 0:
+            text = "x" if str(messages[last].get("content")).startswith("0") else "0"
+            others.append([*messages[:last], {"role": "user", "content": text}])
+        if messages[-1].get("role") != "assistant":
+            more = [{"role": role, "content": "0"} for role in ("assistant", "user")]
+            others.append([*messages, *more])
+        return tuple(_common(ids, self.chat(other, same).ids) for other in others)
 
     @functools.cached_property
     def _takes_parts(self) -> bool:
@@ -220,6 +252,12 @@ class Prompter:
             raise UsageError(
                 f"the {what} has {markers} image markers for {count} images; there must be one each"
             )
+
+
+def _common(first: Sequence[int], second: Sequence[int]) -> int:
+    """Tokens at the beginning that are the same."""
+    pairs = zip(first, second, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _turn(message: Message, where: str) -> dict[str, Any]:

@@ -59,6 +59,9 @@ class Request:
         choice: number of the answer among those of one prompt.
         num_drafts: drafts of a round; None lets measurements decide.
         constraint: a grammar.
+        keys: what tells the tokens of the prompt apart, see `prefix_cache.Keys`; None: their ids.
+        marks: lengths of the prompt from which another is likely to go on.
+        namespace: what the past of a text depends on besides: adapter, mask.
     """
 
     tokens: tuple[int, ...]
@@ -70,3 +73,6 @@ class Request:
     choice: int = 0
     num_drafts: int | None = None
     constraint: Constraint | None = None
+    keys: tuple[int, ...] | None = None
+    marks: tuple[int, ...] = ()
+    namespace: str = ""

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from optiq.backend import mx
+from optiq.engine.events import TokenLogprob
 from optiq.errors import UsageError
 from optiq.models.generation import GenerationDefaults
 
@@ -334,6 +335,26 @@ def most_likely(log_probs: mx.array, count: int) -> tuple[list[list[int]], list[
         tokens.append([int(token) for token in order])
         best.append([float(row[token]) for token in order])
     return tokens, best
+
+
+def reported_rows(
+    logits: mx.array, tokens: Sequence[int], suppressed: Sequence[int], top: Sequence[int]
+) -> list[TokenLogprob]:
+    """What answers report of their tokens.
+
+    Args:
+        logits: (n, vocabulary), after the soft-cap.
+        tokens: one a row.
+        suppressed: tokens that are never drawn.
+        top: most likely tokens to name, by row.
+    """
+    reported = reported_logprobs(logits, suppressed)
+    own = np.array(mx.take_along_axis(reported, mx.array(list(tokens))[:, None], axis=-1)[:, 0])
+    ids, values = most_likely(reported, max(top))
+    return [
+        TokenLogprob(token, float(own[i]), tuple(zip(ids[i], values[i], strict=True))[: top[i]])
+        for i, token in enumerate(tokens)
+    ]
 
 
 def _scores(

@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+
+import numpy as np
 
 from optiq.backend import mx
 from optiq.engine.drafters.base import Session
 from optiq.engine.events import Event, FinishReason, TokenLogprob, Tokens, Usage
 from optiq.engine.kv_cache import SequenceCache
 from optiq.engine.pace import DraftReport, Pace
+from optiq.engine.prefix_cache import Keys
 from optiq.engine.requests import Reader, Request
 from optiq.engine.sampling import History, Place, Row
 from optiq.models.families.gemma4 import chunks
@@ -37,16 +40,16 @@ class SequenceState:
 
     Args:
         request: it.
-        cache: empty.
         reader: makes text of its tokens.
         drafting: a drafter, if it has one.
-        chunk: tokens of a prefill chunk.
 
     Attributes:
         tokens: prompt and answer.
         cache: holds the first `cache.length` of them; while the sequence is in a batch, stale.
         state: of the target, that the last token was chosen from.
         parts: tokens of the chunks that are still to be read before it writes.
+        marks: lengths at which the past is worth keeping for others.
+        cached: tokens of the prompt that it did not read; None before it began.
         events: not yet given out.
         done: nothing more will be written.
         error: what ended it, if that was an error.
@@ -55,12 +58,11 @@ class SequenceState:
     def __init__(
         self,
         request: Request,
-        cache: SequenceCache,
         reader: Reader,
         drafting: Drafting | None = None,
-        chunk: int = 512,
     ) -> None:
-        self.request, self.cache, self.drafting = request, cache, drafting
+        self.request, self.drafting = request, drafting
+        self.cache = SequenceCache.elsewhere(0)
         self.tokens = list(request.tokens)
         self.state: mx.array | None = None
         self.events: deque[Event] = deque()
@@ -70,13 +72,54 @@ class SequenceState:
         self._history = History(request.tokens)
         self._image = _image_id(request)
         self._features_used = 0
-        spans = chunks(request.tokens, chunk, self._image)
-        last = spans[-1]
-        # the last token is read in the step that chooses the first of the answer
-        tail = _tail(request.tokens[last], self._image)
-        sizes = [span.stop - span.start for span in spans[:-1]]
-        sizes += [last.stop - last.start - tail] if last.stop - last.start > tail else []
-        self.parts = deque(sizes)
+        self.parts: deque[int] = deque()
+        self.marks: frozenset[int] = frozenset()
+        self.cached: int | None = None
+
+    def begin(self, cache: SequenceCache, chunk: int, marks: Collection[int] = ()) -> None:
+        """Have the first `cache.length` tokens read already, and the rest to read.
+
+        Args:
+            cache: of its own.
+            chunk: tokens of a chunk at most, but for an image.
+            marks: lengths at which a chunk ends.
+        """
+        start, stop, prompt = cache.length, self.readable, len(self.request.tokens)
+        self.cache, self.state, self.marks = cache, None, frozenset(marks)
+        if self.cached is None:
+            self.cached = start
+        # an image token in the answer is a token like others
+        self._features_used = sum(token == self._image for token in self.request.tokens[:start])
+        ends = sorted({at for at in (*marks, prompt, stop) if start < at <= stop})
+        self.parts = deque(
+            span.stop - span.start
+            for first, last in itertools.pairwise([start, *ends])
+            for span in chunks(self.tokens[first:last], chunk, self._image)
+        )
+
+    def take_over(self, leader: SequenceState) -> None:
+        """Have read what another sequence of the same tokens has read."""
+        self.cache, self.state, self.cached = leader.cache.fork(), leader.state, leader.cached
+        self._features_used = leader._features_used
+        self.parts.clear()
+
+    def lose(self) -> None:
+        """Forget what was read."""
+        self.cache, self.state = SequenceCache.elsewhere(0), None
+        self.parts.clear()
+
+    @property
+    def readable(self) -> int:
+        """Tokens before those that are read in the step that chooses the next: one, or an image."""
+        if self._image is None or self.tokens[-1] != self._image:
+            return len(self.tokens) - 1
+        run = itertools.takewhile(lambda token: token == self._image, reversed(self.tokens))
+        return len(self.tokens) - sum(1 for _ in run)
+
+    def keys(self, count: int) -> Keys:
+        """What tells the first tokens apart."""
+        prompt = self.request.keys or self.request.tokens
+        return np.array([*prompt, *self.tokens[len(prompt) :]][:count], dtype=np.int64)
 
     @property
     def written(self) -> int:
@@ -169,6 +212,7 @@ class SequenceState:
         usage = Usage(
             prompt_tokens=len(self.request.tokens),
             completion_tokens=self.written,
+            cached_tokens=self.cached or 0,
             drafted_tokens=report.drafted if report else 0,
             accepted_tokens=report.accepted if report else 0,
         )
@@ -185,10 +229,3 @@ class SequenceState:
 
 def _image_id(request: Request) -> int | None:
     return request.image_token_id if request.features is not None else None
-
-
-def _tail(tokens: Sequence[int], image: int | None) -> int:
-    """Tokens at the end that are read together: one, or an image."""
-    if image is None or tokens[-1] != image:
-        return 1
-    return len(list(itertools.takewhile(lambda token: token == image, reversed(tokens))))

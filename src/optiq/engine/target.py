@@ -50,6 +50,14 @@ class Target(Protocol):
         """Logits after the soft-cap: (..., vocab_size)."""
         ...
 
+    def hidden(self, tokens: mx.array, cache: SequenceCache) -> mx.array:
+        """States after the final norm: (B, N, H); text alone.
+
+        Raises:
+            UnsupportedModel: if the model does not give them.
+        """
+        ...
+
 
 class TreeTarget:
     """A model of mlx-lm's; its states are its logits.
@@ -81,6 +89,18 @@ class TreeTarget:
         """See `Target`."""
         return states
 
+    def hidden(self, tokens: mx.array, cache: SequenceCache) -> mx.array:
+        """See `Target`."""
+        body = getattr(getattr(self.model, "language_model", self.model), "model", None)
+        if not isinstance(body, nn.Module):
+            raise UnsupportedModel(
+                f"{type(self.model).__module__} gives no states before its head; use another "
+                "model for embeddings"
+            )
+        out: mx.array = body(tokens, cache=cache.layers)
+        cache.length += tokens.shape[1]
+        return out
+
 
 class Gemma4Target:
     """A Gemma-4; its states are those after the final norm, which its drafter reads.
@@ -109,6 +129,10 @@ class Gemma4Target:
     def logits(self, states: mx.array) -> mx.array:
         """See `Target`."""
         return self.model.logits(states)
+
+    def hidden(self, tokens: mx.array, cache: SequenceCache) -> mx.array:
+        """See `Target`."""
+        return self.states(tokens, cache)
 
 
 def as_row(tokens: Sequence[int]) -> mx.array:

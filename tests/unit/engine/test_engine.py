@@ -9,6 +9,7 @@ from PIL import Image
 
 import optiq
 from optiq.backend import mx
+from optiq.engine import reading
 from optiq.engine.engine import EngineOptions
 from optiq.engine.events import Finished, TextDelta, Tokens, collect
 from optiq.engine.loading import open_target
@@ -93,6 +94,39 @@ def test_events_add_up_to_the_result(engine):
     assert result.finish_reason == "length"
     assert len(result.logprobs) == 9
     assert not set(SUPPRESSED) & set(result.token_ids)
+
+
+def test_token_ids_are_taken_as_they_are(engine):
+    settings = {"seed": 3, "max_tokens": 9}
+    ids = engine.prompts.raw("Hello").tokens
+    found = engine.generate(ids, **settings).result()
+    assert found == engine.generate("Hello", **settings).result()
+    no_bos = engine.generate(list(ids[1:]), **settings).result()
+    assert no_bos.usage.prompt_tokens == len(ids) - 1
+    for wrong in ([512], [3, -1]):
+        with pytest.raises(UsageError, match="token ids must be 0 to 511"):
+            engine.generate(wrong)
+
+
+def test_an_image_among_token_ids(artifact):
+    encoded = artifact.tokenizer.encode("<|image|>What?", add_special_tokens=False)
+    ids = [artifact.tokenizer.bos_token_id, *encoded]
+    settings = {"temperature": 0, "max_tokens": 6}
+    found = artifact.generate(ids, [picture()], **settings).result()
+    assert found == artifact.generate("<|image|>What?", [picture()], **settings).result()
+    with pytest.raises(UsageError, match="1 image markers for 0 images"):
+        artifact.generate(ids)
+
+
+def test_the_answer_goes_on_where_the_last_message_ends(tiny_llama):
+    engine = optiq.load(tiny_llama)
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Well, "}]
+    text = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nWell, "
+    settings = {"temperature": 0, "max_tokens": 6}
+    found = engine.generate(messages, continue_final=True, **settings).result()
+    assert found.token_ids == engine.generate(text, **settings).result().token_ids
+    with pytest.raises(UsageError, match="continue_final need messages"):
+        engine.generate(text, continue_final=True)
 
 
 def test_a_result_holds_what_was_iterated_before(engine):
@@ -181,6 +215,122 @@ def test_bos_is_there_once(engine):
     with_bos = engine.generate("<bos>Hello", temperature=0, max_tokens=1).result()
     without = engine.generate("Hello", temperature=0, max_tokens=1).result()
     assert with_bos.usage.prompt_tokens == without.usage.prompt_tokens
+
+
+def test_choices_are_those_of_separate_answers(engine):
+    settings = {"seed": 3, "max_tokens": 9, "logprobs": True}
+    found = engine.generate_choices("Hello", choices=3, **settings)
+    answers = [each.result() for each in found]
+    assert len({answer.token_ids for answer in answers}) > 1
+    for choice, answer in enumerate(answers):
+        single = engine.generate("Hello", choice=choice, **settings).result()
+        assert answer.token_ids == single.token_ids
+        assert answer.text == single.text
+    with pytest.raises(UsageError, match="0 answers"):
+        engine.generate_choices("Hello", choices=0)
+
+
+# -- pasts that are kept, and memory -------------------------------------------------------------
+
+
+def test_a_kept_past_changes_nothing_but_the_usage(artifact, gemma_release):
+    """Text and images; a picture goes through the embedder once."""
+    options = EngineOptions(kv_memory=1 << 26, prefix_memory=None)
+    keeping = optiq.load(gemma_release.path, options=options)
+    settings = {"temperature": 0, "max_tokens": 6}
+    seen = []
+    real = keeping.prompts.vision.features
+    keeping.prompts.vision.features = lambda images: seen.append(1) or real(images)
+    turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Look"}]}]
+    cached = []
+    for picked, more in [("chat_0.png", 0), ("chat_0.png", 1), ("late_0.png", 0)]:
+        name = picture(picked)
+        asked = [*turns, *NEXT[: 2 * more]]
+        found = keeping.generate(asked, [name], **settings).result()
+        cold = artifact.generate(asked, [name], **settings).result()
+        assert found.token_ids == cold.token_ids
+        cached.append(found.usage.cached_tokens)
+        again = keeping.generate(asked, [name], **settings).result()
+        assert again.token_ids == cold.token_ids
+        assert again.usage.cached_tokens == again.usage.prompt_tokens - 1
+    assert cached[1] > 20 > cached[2]
+    assert len(seen) == 2
+
+
+NEXT = [{"role": "assistant", "content": "Yes"}, {"role": "user", "content": "And now?"}]
+
+
+def test_a_retry_of_the_last_turn_hits_before_it(tmp_path):
+    folder = tiny_checkpoint(tmp_path, "gemma3_text")
+    engine = optiq.load(folder, options=EngineOptions(kv_memory=1 << 26, prefix_memory=None))
+    first = [{"role": "user", "content": "Z" * 90}, *NEXT]
+    used = engine.generate(first, max_tokens=2).result().usage
+    retry = [*first[:-1], {"role": "user", "content": "Something else"}]
+    found = engine.generate(retry, max_tokens=2).result().usage
+    assert used.cached_tokens == 0
+    assert 90 < found.cached_tokens < used.prompt_tokens - 8
+
+
+def test_what_does_not_fit_into_memory_is_refused_at_once(tiny_llama):
+    engine = optiq.load(tiny_llama, options=EngineOptions(kv_memory=1 << 19))
+    longest = engine._loop.longest
+    assert 0 < longest < 512
+    found = engine.generate([5] * (longest - 3), temperature=0, logit_bias={258: -100}).result()
+    assert found.usage.completion_tokens == 3
+    for prompt, count in (([5] * (longest - 3), 4), ([5] * (longest + 1), None)):
+        with pytest.raises(UsageError, match="give more kv_memory"):
+            engine.generate(prompt, max_tokens=count)
+    with pytest.raises(UsageError, match="kv_memory is -1"):
+        EngineOptions(kv_memory=-1)
+
+
+# -- texts that are read -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gemma4_text", "mistral3"])
+def test_embeddings_are_the_mean_of_the_states(tmp_path, family, monkeypatch):
+    monkeypatch.setattr(reading, "_CHUNK", 100)
+    engine = optiq.load(tiny_checkpoint(tmp_path, family))
+    text = "Hello <|im_end|> there! " * 10
+    bos = engine.prompts.raw("A").tokens[:-1]
+    plain = [engine.prompts.raw(t).tokens[len(bos) :] for t in ("Hello <", "|im_end|> there! ")]
+    tokens = [*bos, *(plain[0] + plain[1]) * 10]
+    vectors = engine.embed([text, tokens, [*tokens, 258], "x"])
+    cache = engine._target.make_cache()
+    states = np.array(engine._target.hidden(mx.array([tokens]), cache)[0])
+    logits = engine._target.logits(mx.array(states)) if family == "gemma4_text" else None
+    mean = states[len(bos) :].mean(axis=0)
+    for vector in vectors[:2]:
+        assert vector.dtype == np.float32
+        assert vector == pytest.approx(mean / np.linalg.norm(mean), abs=1e-5)
+    assert all(np.linalg.norm(v) == pytest.approx(1, abs=1e-6) for v in vectors)
+    assert vectors[2] == pytest.approx(vectors[1], abs=1e-5)
+    assert logits is None or apart(logits, np.array(engine.logits(tokens))) < LIMIT
+    with pytest.raises(UsageError, match="special"):
+        engine.embed(["", "Hello"])
+    with pytest.raises(UsageError, match="room for 512"):
+        engine.embed([[5] * 600])
+
+
+def test_prompt_logprobs_are_those_of_the_logits(engine):
+    ids, _ = inputs("text/short")
+    ids = (ids * 60)[:600]
+    logits = np.array(engine.logits(ids)).astype(np.float64)
+    logits[:, list(SUPPRESSED)] = -np.inf
+    logits -= np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    found = engine.prompt_logprobs(ids, top=2)
+    assert found[0] is None
+    assert len(found) == len(ids)
+    for row, entry, token in zip(logits, found[1:], ids[1:], strict=False):
+        assert entry.token == token
+        assert entry.logprob == pytest.approx(row[token], abs=1e-3)
+        assert [p for _, p in entry.top] == pytest.approx(np.sort(row)[::-1][:2], abs=1e-3)
+    steps = engine.prompt_logprob_steps(ids)
+    answer = engine.generate("Hello", max_tokens=3, seed=0)
+    next(steps)
+    assert answer.result().usage.completion_tokens <= 3
+    with pytest.raises(UsageError, match="top is 21"):
+        engine.prompt_logprobs(ids, top=21)
 
 
 # -- images --------------------------------------------------------------------------------------
