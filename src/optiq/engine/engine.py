@@ -22,13 +22,15 @@ from optiq.engine.events import (
     Usage,
     collect,
 )
+from optiq.engine.grammar import Grammar
+from optiq.engine.grammar.planner import Demand, Planner, ToolChoice
 from optiq.engine.loading import Opened, open_target
 from optiq.engine.loop import Loop
 from optiq.engine.messages import ChatOptions, Message, Tool
 from optiq.engine.output import OutputFormat
 from optiq.engine.pace import MAX_DRAFTS, DraftReport
 from optiq.engine.prompts import Prompt, Prompts
-from optiq.engine.requests import Constraint, Request
+from optiq.engine.requests import Request
 from optiq.engine.sampling import Sampling
 from optiq.engine.scheduler import Limits
 from optiq.engine.sequence import SequenceState
@@ -202,6 +204,7 @@ class Engine:
         self._defaults = read_generation(folder)
         self._stop = frozenset(self._defaults.stop) | set(self.tokenizer.eos_token_ids)
         self._output = OutputFormat.of(self.tokenizer)
+        self._planner = Planner(self.tokenizer, self._target.vocab_size, self._stop, self._output)
         self._drafter: Drafter | None = None
         if drafter is not None:
             pairing = Pairing(
@@ -228,8 +231,12 @@ class Engine:
         tools: Sequence[Tool] = (),
         *,
         thinking: bool = False,
+        thinking_budget: int | None = None,
         image_detail: int | Detail | None = None,
-        constraint: Constraint | None = None,
+        tool_choice: ToolChoice = "auto",
+        function: str | None = None,
+        parallel_tool_calls: bool = True,
+        grammar: Grammar | None = None,
         choice: int = 0,
         **sampling: Any,  # noqa: ANN401  fields of Sampling
     ) -> Generation:
@@ -244,8 +251,12 @@ class Engine:
                 messages a part of type `image`, for each. Default: what the parts hold.
             tools: OpenAI function schemas, for messages.
             thinking: let the model think first, where it can.
+            thinking_budget: tokens of it at most; then its end is written.
             image_detail: soft tokens of an image at most, or `low`, `auto`, `high`.
-            constraint: a grammar that the answer obeys.
+            tool_choice: whether the model may, must not, or must call functions.
+            function: name of the one that it must call, once.
+            parallel_tool_calls: whether there may be more than one call.
+            grammar: what the answer obeys, after the thinking; calls may come in its place.
             choice: number of the answer among those of one prompt and seed.
             sampling: fields of `engine.sampling.Sampling`, named as in OpenAI's API. What is not
                 given is as the checkpoint says, else temperature 1; `max_tokens` is the rest of
@@ -254,6 +265,15 @@ class Engine:
         Raises:
             UsageError: if something cannot be honoured.
         """
+        demand = Demand(
+            grammar,
+            tools,
+            tool_choice,
+            function,
+            parallel_tool_calls,
+            thinking,
+            thinking_budget,
+        )
         settings = Sampling.of(self._defaults, **sampling).seeded()
         settings.check_vocabulary(self._target.vocab_size)
         raw = isinstance(prompt, str)
@@ -273,9 +293,10 @@ class Engine:
             self._target.image_token_id,
             choice,
             self._options.num_drafts,
-            constraint,
+            self._planner.guide(demand, read.tokens),
         )
-        parser = self._output.parser(stop=settings.stop, tools=tools, prompt=read.tokens, raw=raw)
+        heard = () if tool_choice == "none" else tools
+        parser = self._output.parser(stop=settings.stop, tools=heard, prompt=read.tokens, raw=raw)
         with self._lock:
             self._clear()
             return Generation(self, self._loop.add(request, parser))
