@@ -301,6 +301,17 @@ class Engine:
             self._clear()
             return Generation(self, self._loop.add(request, parser))
 
+    def prepare_grammars(self) -> None:
+        """Read the tokenizer for grammars now, which the first request that has one waits for.
+
+        Raises:
+            UsageError: if the package that it needs is not installed.
+            UnsupportedModel: if the tokenizer cannot be used.
+
+        Cost: a few seconds with a large vocabulary.
+        """
+        self._planner.compiler  # noqa: B018  made once
+
     def _room(self, prompt: Prompt, sampling: Sampling) -> int:
         """Most tokens of the answer."""
         room = (self.context or _NO_CONTEXT) - len(prompt.tokens)

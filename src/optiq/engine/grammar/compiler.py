@@ -26,6 +26,7 @@ _CACHED = 128  # compiled grammars
 _HEADER = '%llguidance {"no_forcing": true}\n'
 _SILENT = 0
 _CONTEXT = re.compile(r"\s*(\d+ \|.*|\^*)")  # a line of the grammar that a message quotes
+_OUTSIDE = re.compile(r"Resource ('.*?') is not present in a registry.*")
 _PLACE = re.compile(r"^(at )?\d+\(\d+\): ")
 
 
@@ -152,22 +153,30 @@ class Run:
                 follow.
         """
         bits = self._matcher.compute_bitmask()
-        if self._matcher.is_error():
-            said = _said(self._matcher.get_error())
-            place = f"after {self.depth} tokens" if self.depth else "at its start"
-            if said.startswith("NoExtension"):
-                raise UsageError(f"{self._what} lets nothing be written {place}; make it possible")
-            raise UsageError(f"{self._what} asks too much {place} ({said}); make it simpler")
+        self._check()
         return self._masks.of_bits(bits)
 
     def accept(self, token: int) -> bool:
-        """Go on by a token that is no stop token; False, and nowhere, where it may not come."""
+        """Go on by a token that is no stop token; False, and nowhere, where it may not come.
+
+        Raises:
+            UsageError: as `allowed`.
+        """
         if not self._matcher.try_consume_tokens([token]):
-            if self._matcher.is_error():
-                raise EngineFailure(f"{self._what} failed: {_said(self._matcher.get_error())}")
+            self._check()
             return False
         self.depth += 1
         return True
+
+    def _check(self) -> None:
+        """Refuse a grammar of which the library has had enough."""
+        if not self._matcher.is_error():
+            return
+        said = _said(self._matcher.get_error())
+        place = f"after {self.depth} tokens" if self.depth else "at its start"
+        if said.startswith("NoExtension"):
+            raise UsageError(f"{self._what} lets nothing be written {place}; make it possible")
+        raise UsageError(f"{self._what} asks too much {place} ({said}); make it simpler")
 
     def back_to(self, depth: int) -> None:
         """Take back the tokens after the first `depth`."""
@@ -211,4 +220,5 @@ def _said(message: str) -> str:
     lines = message.split("<non-verbose/>")[0].splitlines()
     kept = [line.strip() for line in lines if not _CONTEXT.fullmatch(line)]
     text = _PLACE.sub("", " ".join(filter(None, kept)))
+    text = _OUTSIDE.sub(r"$ref or $schema refers to \1, which is not in the schema", text)
     return text if len(text) <= 300 else f"{text[:297]}..."
