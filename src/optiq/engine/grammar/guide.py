@@ -239,7 +239,7 @@ class Guide:
             found |= _completes(calls.start, place.recent)
         if place.part is _Part.THOUGHT:
             return frozenset(found | self._masks.stop if plan.is_pending else found)
-        if thought is not None and thought.budget is not None and thought.budget <= place.thought:
+        if thought is not None and place.is_later and self._is_spent(place):
             found |= _completes(thought.start, place.recent)
         return frozenset(found)
 
@@ -274,12 +274,15 @@ class Guide:
 
     def _enter(self, part: _Part) -> _Place:
         """The beginning of a part."""
-        plan, spent = self._plan, self._place.thought
+        plan = self._plan
+        plain = dataclasses.replace(
+            _Place(part), thought=self._place.thought, is_later=self._place.is_later
+        )
         if part is _Part.BLOCK:
             assert plan.calls is not None
             if plan.calls.block is None:
-                return _Place(_Part.FREE_BLOCK, thought=spent)
-            return _Place(part, run=plan.calls.block.start(), thought=spent)
+                return dataclasses.replace(plain, part=_Part.FREE_BLOCK)
+            return dataclasses.replace(plain, run=plan.calls.block.start())
         if part is _Part.THOUGHT:
             assert plan.thought is not None
             name = -1 if plan.thought.line_breaks is None else 0
@@ -289,8 +292,8 @@ class Guide:
         if part is _Part.FREE and plan.is_pending:  # after the thought
             return dataclasses.replace(self._place, part=_Part.BEGIN, recent=())
         if part is _Part.AFTER and not plan.is_pending and plan.calls and plan.calls.several:
-            part = _Part.FREE
-        return _Place(part, thought=spent)
+            return dataclasses.replace(plain, part=_Part.FREE)
+        return plain
 
     def _marker(self, marker: Marker, then: _Part) -> _Place:
         """Before the rest of a marker, or after it."""
@@ -330,7 +333,7 @@ class Guide:
             return _Place(_Part.DONE) if run.may_end else None
         if not run.accept(token):
             return None
-        if place.part is _Part.BLOCK and run.must_end:
+        if place.part is _Part.BLOCK and run.may_end:  # no call is the beginning of another
             calls = self._plan.calls
             assert calls is not None
             if not calls.end:
@@ -376,11 +379,16 @@ class Guide:
         """A place in a thought, or before its end marker where the budget is spent."""
         thought = self._plan.thought
         assert thought is not None
-        if thought.budget is None or place.name >= 0 or place.thought < thought.budget:
+        if place.name >= 0 or not self._is_spent(place):
             return place
         return dataclasses.replace(
             place, part=_Part.MARKER, marker=thought.end, then=_Part.FREE, recent=()
         )
+
+    def _is_spent(self, place: _Place) -> bool:
+        """Whether the thinking has had all its tokens."""
+        budget = None if self._plan.thought is None else self._plan.thought.budget
+        return budget is not None and budget <= place.thought
 
     @property
     def _longest(self) -> int:
