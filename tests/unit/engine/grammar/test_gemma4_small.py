@@ -2,29 +2,32 @@
 
 import json
 import tarfile
+from pathlib import Path
 
 import pytest
 
 import optiq
 
-pytestmark = [pytest.mark.assets, pytest.mark.slow]
+SMALL = Path(__file__).parents[3] / "assets" / "gemma4-small"
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def small(shared, tmp_path_factory):
+def small(tmp_path_factory):
     """The model and its drafter."""
     out = tmp_path_factory.mktemp("small")
-    with tarfile.open(shared / "assets" / "gemma4-small" / "weights.tar.xz", "r|xz") as archive:
+    with tarfile.open(SMALL / "weights.tar.xz", "r|xz") as archive:
         archive.extractall(out, filter="data")
     (model,) = out.rglob("it-qat-q4_0-unquantized")
     return optiq.load(model, model.parent / "assistant")
 
 
 @pytest.fixture(scope="module")
-def items(shared):
-    file = shared / "assets" / "gemma4-small" / "eval" / "tools.jsonl"
+def items():
+    file = SMALL / "eval" / "tools.jsonl"
     found = map(json.loads, file.read_text(encoding="utf-8").splitlines())
-    return [item for item in found if item.get("tool_calls") and "messages" in item][:6]
+    return [item for item in found if item.get("tool_calls") and "messages" in item][:4]
 
 
 def test_calls_that_must_come_are_those_that_come_by_themselves(small, items):
@@ -32,7 +35,7 @@ def test_calls_that_must_come_are_those_that_come_by_themselves(small, items):
         wanted = item["tool_calls"]
 
         def calls(item=item, **asked):
-            given = {"tools": item["tools"], "temperature": 0, "max_tokens": 120}
+            given = {"tools": item["tools"], "temperature": 0, "max_tokens": 80}
             result = small.generate(item["messages"], **given, **asked).result()
             return [{"name": call.name, "arguments": call.data()} for call in result.tool_calls]
 
