@@ -403,9 +403,6 @@ class ServeConfig:
     cache_limit: str | None = option(
         None, "Memory of kept prompts at most, e.g. 2GB; default: by what is free.", metavar="SIZE"
     )
-    kv_bits: Literal["model", "8", "4"] = option(
-        "model", "Bits of kept keys and values; model: in the model's own type."
-    )
     idle_unload: float | None = option(
         None, "Seconds without a request after which a model leaves the memory; default: never."
     )

@@ -13,6 +13,7 @@ from typing import Any, TypeGuard, cast
 import numpy as np
 
 from optiq.backend import mx
+from optiq.engine.asking import Asked
 from optiq.engine.drafters import Drafter, Pairing, open_drafter
 from optiq.engine.events import (
     Answer,
@@ -24,6 +25,8 @@ from optiq.engine.events import (
     Usage,
     collect,
 )
+from optiq.engine.grammar import Grammar
+from optiq.engine.grammar.planner import Planner, ToolChoice
 from optiq.engine.loading import Opened, open_target
 from optiq.engine.loop import Loop
 from optiq.engine.messages import ChatOptions, Message, Tool
@@ -32,7 +35,7 @@ from optiq.engine.output import OutputFormat
 from optiq.engine.pace import DraftReport
 from optiq.engine.prompts import Prompt, Prompts
 from optiq.engine.reading import drained, embedded, scored, states_of
-from optiq.engine.requests import Constraint, Request
+from optiq.engine.requests import Request
 from optiq.engine.sampling import MAX_TOP_LOGPROBS, Sampling
 from optiq.engine.sequence import SequenceState
 from optiq.errors import ContextExceeded, EngineFailure, OptiqError, UsageError
@@ -73,18 +76,6 @@ class Result:
     usage: Usage
     logprobs: tuple[TokenLogprob, ...]
     acceptance: DraftReport | None
-
-
-@dataclasses.dataclass(frozen=True)
-class _Asked:
-    """A prompt as it was given, and a number and a grammar for each answer to it."""
-
-    prompt: str | Sequence[int] | Sequence[Message]
-    images: Sequence[Picture]
-    chat: ChatOptions
-    detail: int | Detail | None
-    constraints: Sequence[Constraint | None]
-    choices: Sequence[int]
 
 
 class Generation:
@@ -197,6 +188,7 @@ class Engine:
         self._defaults = read_generation(folder)
         self._stop = frozenset(self._defaults.stop) | set(self.tokenizer.eos_token_ids)
         self._output = OutputFormat.of(self.tokenizer)
+        self._planner = Planner(self.tokenizer, self._target.vocab_size, self._stop, self._output)
         self._drafter: Drafter | None = None
         if drafter is not None:
             pairing = Pairing(
@@ -226,9 +218,13 @@ class Engine:
         tools: Sequence[Tool] = (),
         *,
         thinking: bool = False,
+        thinking_budget: int | None = None,
         continue_final: bool = False,
         image_detail: int | Detail | None = None,
-        constraint: Constraint | None = None,
+        tool_choice: ToolChoice = "auto",
+        function: str | None = None,
+        parallel_tool_calls: bool = True,
+        grammar: Grammar | None = None,
         choice: int = 0,
         **sampling: Any,  # noqa: ANN401  fields of Sampling
     ) -> Generation:
@@ -243,9 +239,13 @@ class Engine:
                 messages a part of type `image`, for each. Default: what the parts hold.
             tools: OpenAI function schemas, for messages.
             thinking: let the model think first, where it can.
+            thinking_budget: tokens of it at most; then its end is written.
             continue_final: go on with the last message, which is the assistant's.
             image_detail: soft tokens of an image at most, or `low`, `auto`, `high`.
-            constraint: a grammar that the answer obeys.
+            tool_choice: whether the model may, must not, or must call functions.
+            function: name of the one that it must call, once.
+            parallel_tool_calls: whether there may be more than one call.
+            grammar: what the answer obeys, after the thinking; calls may come in its place.
             choice: number of the answer among those of one prompt and seed.
             sampling: fields of `engine.sampling.Sampling`, named as in OpenAI's API. What is not
                 given is as the checkpoint says, else temperature 1; `max_tokens` is the rest of
@@ -254,22 +254,29 @@ class Engine:
         Raises:
             UsageError: if something cannot be honoured.
         """
-        chat = ChatOptions(tools, thinking, continue_final)
-        asked = _Asked(prompt, images, chat, image_detail, (constraint,), (choice,))
-        return self._begin(asked, **sampling)[0]
+        asked = Asked(
+            prompt,
+            images,
+            tools,
+            thinking,
+            thinking_budget,
+            continue_final,
+            image_detail,
+            tool_choice,
+            function,
+            parallel_tool_calls,
+            grammar,
+        )
+        return self._begin(asked, (choice,), sampling)[0]
 
-    def generate_choices(  # noqa: PLR0913  what a request consists of
+    def generate_choices(
         self,
         prompt: str | Sequence[int] | Sequence[Message],
         images: Sequence[Picture] = (),
         tools: Sequence[Tool] = (),
         *,
         choices: int,
-        thinking: bool = False,
-        continue_final: bool = False,
-        image_detail: int | Detail | None = None,
-        constraints: Sequence[Constraint | None] | None = None,
-        **sampling: Any,  # noqa: ANN401  fields of Sampling
+        **how: Any,  # noqa: ANN401  what `generate` takes besides
     ) -> list[Generation]:
         """Write several answers to one prompt, which is read once.
 
@@ -277,31 +284,30 @@ class Engine:
         answers than run at a time, those that wait read the prompt again, unless it is kept.
 
         Args:
-            prompt: see `generate`, as all that is not named here.
+            prompt: see `generate`.
             images: see there.
             tools: see there.
             choices: number of answers, at least 1.
-            thinking: see there.
-            continue_final: see there.
-            image_detail: see there.
-            constraints: a grammar for each answer.
-            sampling: see there.
+            how: what else `generate` takes, but for `choice`.
 
         Raises:
             UsageError: if something cannot be honoured.
         """
         if choices < 1:
             raise UsageError(f"{choices} answers are not possible; ask for at least 1")
-        chat = ChatOptions(tools, thinking, continue_final)
-        each = constraints or (None,) * choices
-        asked = _Asked(prompt, images, chat, image_detail, each, range(choices))
-        return self._begin(asked, **sampling)
+        own = {field.name for field in dataclasses.fields(Asked)} & how.keys()
+        asked = Asked(prompt, images, tools, **{name: how[name] for name in own})
+        sampling = {name: value for name, value in how.items() if name not in own}
+        return self._begin(asked, range(choices), sampling)
 
-    def _begin(self, asked: _Asked, **sampling: Any) -> list[Generation]:  # noqa: ANN401
-        """Queue the answers to one prompt."""
+    def _begin(
+        self, asked: Asked, choices: Sequence[int], sampling: dict[str, Any]
+    ) -> list[Generation]:
+        """Queue the answers to one prompt, each with its number."""
+        demand = asked.demand
         settings = Sampling.of(self._defaults, **sampling).seeded()
         settings.check_vocabulary(self._target.vocab_size)
-        raw, read = self._read(asked.prompt, asked.chat, asked.images, asked.detail)
+        raw, read = self._read(asked)
         room = self._room(read, settings)
         requests = [
             Request(
@@ -313,14 +319,14 @@ class Engine:
                 self._target.image_token_id,
                 choice,
                 self._options.num_drafts,
-                constraint,
+                self._planner.guide(demand, read.tokens),
                 read.keys,
                 read.marks,
                 self._options.image_mask or "",
             )
-            for choice, constraint in zip(asked.choices, asked.constraints, strict=True)
+            for choice in choices
         ]
-        tools = asked.chat.tools
+        tools = asked.heard_tools
         parsers = [
             self._output.parser(stop=settings.stop, tools=tools, prompt=read.tokens, raw=raw)
             for _ in requests
@@ -330,16 +336,11 @@ class Engine:
             begun = self._loop.add_choices(requests, parsers)
             return [Generation(self, sequence) for sequence in begun]
 
-    def _read(
-        self,
-        prompt: str | Sequence[int] | Sequence[Message],
-        chat: ChatOptions,
-        images: Sequence[Picture],
-        detail: int | Detail | None,
-    ) -> tuple[bool, Prompt]:
+    def _read(self, asked: Asked) -> tuple[bool, Prompt]:
         """A prompt of any kind as tokens, and whether it is none of messages."""
+        prompt, images, detail = asked.prompt, asked.images, asked.image_detail
         raw = isinstance(prompt, str) or _is_ids(prompt)
-        if raw and chat != ChatOptions():
+        if raw and asked.chat != ChatOptions():
             raise UsageError(
                 "tools, thinking and continue_final need messages; the prompt is text or tokens"
             )
@@ -350,7 +351,18 @@ class Engine:
             return raw, self.prompts.ids(tuple(prompt), images, detail)
         messages = cast(Sequence[Message], prompt)
         marks = self._loop.store.needs_marks
-        return raw, self.prompts.chat(messages, chat, images, detail, find_marks=marks)
+        return raw, self.prompts.chat(messages, asked.chat, images, detail, find_marks=marks)
+
+    def prepare_grammars(self) -> None:
+        """Read the tokenizer for grammars now, which the first request that has one waits for.
+
+        Raises:
+            UsageError: if the package that it needs is not installed.
+            UnsupportedModel: if the tokenizer cannot be used.
+
+        Cost: a few seconds with a large vocabulary.
+        """
+        self._planner.compiler  # noqa: B018  made once
 
     def _room(self, prompt: Prompt, sampling: Sampling) -> int:
         """Most tokens of the answer."""

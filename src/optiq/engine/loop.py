@@ -233,8 +233,7 @@ class Loop:
             sequences: its members.
             drawn: their last tokens, (B,), where they have not been looked at.
         """
-        constraints = [s.request.constraint for s in sequences]
-        allowed = _stacked([None if c is None else c.allowed() for c in constraints])
+        allowed = _stacked([_allowed(sequence) for sequence in sequences])
         last = mx.array([s.tokens[-1] for s in sequences]) if drawn is None else drawn
         states = self.target.states(last.astype(mx.int32)[:, None], self._batch.cache)
         logits = self.target.logits(states)[:, 0]
@@ -367,6 +366,16 @@ def _constrained(
         masks.append(constraint.allowed())
     constraint.rollback(good)
     return drafts[:good], _stacked(masks)
+
+
+def _allowed(sequence: SequenceState) -> mx.array | None:
+    """What the grammar of one of several sequences allows; if it fails, that one ends."""
+    constraint = sequence.request.constraint
+    if constraint is None:
+        return None
+    masks: list[mx.array | None] = [None]
+    _guarded([sequence], lambda _: masks.append(constraint.allowed()))
+    return masks[-1]
 
 
 def _stacked(masks: Sequence[mx.array | None]) -> mx.array | None:

@@ -17,6 +17,7 @@ from optiq.engine.pace import DraftReport, Pace
 from optiq.engine.prefix_cache import Keys
 from optiq.engine.requests import Reader, Request
 from optiq.engine.sampling import History, Place, Row
+from optiq.errors import EngineFailure
 from optiq.models.families.gemma4 import chunks
 
 
@@ -187,8 +188,8 @@ class SequenceState:
         for token in tokens:
             taken += 1
             self.tokens.append(token)
-            if request.constraint is not None:
-                request.constraint.accept(token)
+            if request.constraint is not None and not request.constraint.accept(token):
+                raise EngineFailure(f"token {token} was drawn, which the grammar forbids")
             if token in request.stop:
                 reason = "stop"
             else:

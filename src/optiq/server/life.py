@@ -49,7 +49,6 @@ def options_of(config: ServeConfig) -> SupervisorOptions:
     """What the engine process and its supervisor are told."""
     engine = {
         "num_drafts": None if config.num_drafts == "auto" else int(config.num_drafts),
-        "kv_bits": None if config.kv_bits == "model" else int(config.kv_bits),
         "prefix_memory": None if config.cache_limit is None else parse_size(config.cache_limit),
     }
     worker = WorkerOptions(
@@ -57,7 +56,7 @@ def options_of(config: ServeConfig) -> SupervisorOptions:
         max_context=config.max_context,
         idle_unload_s=config.idle_unload,
         limits=Limits(running=config.max_running),
-        engine={name: value for name, value in engine.items() if value is not None},
+        engine=engine,
     )
     return SupervisorOptions(
         worker=worker, max_queue=config.max_queue, request_timeout_s=config.request_timeout

@@ -284,15 +284,15 @@ def _engine_options(options: WorkerOptions) -> EngineOptions:
 
 
 def _warm(engine: Engine) -> None:
-    """Write a few tokens, alone and side by side, so that no request waits for compilation.
+    """Write a few tokens, alone and side by side, and make ready for grammars.
+
+    No request then waits for compilation.
 
     Raises:
         OptiqError: if the model cannot write.
     """
     token = backend_of(engine.tokenizer).id_to_token(0) or "a"
     for count in (1, 2):
-        answers = [
-            engine.generate(token, temperature=0, max_tokens=3, choice=n) for n in range(count)
-        ]
-        for answer in answers:
+        for answer in engine.generate_choices(token, choices=count, temperature=0, max_tokens=3):
             answer.result()
+    engine.prepare_grammars()

@@ -215,15 +215,10 @@ def _scored(loaded: Loaded, one: TokenLogprob) -> Piece:
 def _generations(loaded: Loaded, job: GenerateJob) -> Sequence[Generation]:
     """The answers of a job, one a choice."""
     _check_length(loaded, job)
-    engine: Any = loaded.engine
-    given = (_prompt(job), job.images, job.tools)
     arguments = _arguments(job) | dict(job.sampling)
-    if hasattr(engine, "generate_choices"):
-        several: Sequence[Generation] = engine.generate_choices(
-            *given, choices=job.choices, **arguments
-        )
-        return several
-    return [engine.generate(*given, choice=choice, **arguments) for choice in range(job.choices)]
+    return loaded.engine.generate_choices(
+        _prompt(job), job.images, job.tools, choices=job.choices, **arguments
+    )
 
 
 def _arguments(job: GenerateJob) -> dict[str, Any]:
@@ -281,7 +276,7 @@ def _start(loaded: Loaded, job: GenerateJob, tokens: tuple[int, ...]) -> Steps[S
 
 def _echo(loaded: Loaded, job: GenerateJob, tokens: tuple[int, ...]) -> Steps[Started]:
     """The prompt with its log-probabilities."""
-    engine: Any = loaded.engine
+    engine = loaded.engine
     top = job.sampling.get("top_logprobs") or 0
     scores = yield from engine.prompt_logprob_steps(tokens, job.images, top=top)
     pieces = [
@@ -314,7 +309,7 @@ def _detokenized(loaded: Loaded, job: DetokenizeJob) -> Value:
 
 
 def _embedded(loaded: Loaded, job: EmbedJob) -> Steps[Value]:
-    engine: Any = loaded.engine
+    engine = loaded.engine
     vectors = yield from engine.embed_steps(job.inputs)
     count = sum(
         len(engine.prompts.plain(one)) if isinstance(one, str) else len(one) for one in job.inputs

@@ -41,7 +41,6 @@ def refused(capsys, *words):
         (("--cache-limit", "0"), "--cache-limit"),
         (("--num-drafts", "2"), "--drafter"),
         (("--num-drafts", "x"), "--num-drafts"),
-        (("--kv-bits", "3"), "--kv-bits"),
         (("--cors-origin", "evil.example"), "--cors-origin"),
         (("--cors-origin", "https://*.example"), "--cors-origin"),
         (("--allowed-host", "http://box"), "--allowed-host"),
@@ -93,7 +92,6 @@ def test_options_reach_the_engine():
         ServeConfig(
             drafter="ngram",
             num_drafts="3",
-            kv_bits="8",
             cache_limit="2GB",
             memory_limit="8GB",
             max_context=1000,
@@ -108,8 +106,9 @@ def test_options_reach_the_engine():
     worker = options.worker
     assert (worker.memory_limit, worker.max_context, worker.idle_unload_s) == ("8GB", 1000, 13.0)
     assert worker.limits.running == 5
-    assert worker.engine == {"num_drafts": 3, "kv_bits": 8, "prefix_memory": 2 * 10**9}
-    assert life.options_of(ServeConfig()).worker.engine == {}
+    assert worker.engine == {"num_drafts": 3, "prefix_memory": 2 * 10**9}
+    plain = life.options_of(ServeConfig()).worker.engine
+    assert plain == {"num_drafts": None, "prefix_memory": None}
 
 
 def test_a_model_is_served_until_a_signal(tiny_llama):

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from optiq.engine.events import Event, ToolCallDelta, ToolCallDone, ToolCallStarted
+from optiq.engine.grammar.functions import Block
 from optiq.errors import OptiqError
 from optiq.upstream import TokenizerWrapper
 
@@ -111,12 +112,16 @@ class CallFormat:
         start: token ids before a block.
         end: token ids after it; empty if it goes on to the end of the answer.
         reader: makes a reader of one block, which reports to the writer.
+        block: makes a grammar of one call; None if calls of this format cannot be made to obey one.
+        between: a token that templates write between two blocks; None for nothing.
     """
 
     name: str
     start: tuple[int, ...]
     end: tuple[int, ...]
     reader: Callable[[CallWriter, Sequence[Tool]], BlockReader]
+    block: Block | None = None
+    between: int | None = None
 
 
 CallFormatMaker = Callable[[TokenizerWrapper], CallFormat | None]

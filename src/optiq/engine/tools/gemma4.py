@@ -12,6 +12,7 @@ import enum
 import json
 from collections.abc import Generator, Sequence
 
+from optiq.engine.grammar.gemma4 import gemma_block
 from optiq.engine.text import ids_of
 from optiq.engine.tools.base import CallError, CallFormat, CallWriter, Tool
 from optiq.engine.tools.schema import Schema, bare_json, quoted_json
@@ -37,7 +38,11 @@ def call_format(tokenizer: TokenizerWrapper) -> CallFormat | None:
         return None
     start, end, quote = ids
     return CallFormat(
-        "gemma4", (start,), (end,), lambda writer, tools: GemmaReader(writer, tools, quote)
+        "gemma4",
+        (start,),
+        (end,),
+        lambda writer, tools: GemmaReader(writer, tools, quote),
+        lambda functions: gemma_block(functions, quote),
     )
 
 

@@ -6,9 +6,12 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from optiq.engine.grammar.functions import json_block
+from optiq.engine.text import backend_of
 from optiq.engine.tools.base import CallError, CallFormat, CallWriter, Tool
 from optiq.upstream import TokenizerWrapper
 
+_JSON_PARSER = ".json_tools"  # of blocks that are JSON
 _Parser = Callable[[str, Any], Any]
 _PARSE_ERRORS = (ValueError, LookupError, TypeError, AttributeError, SyntaxError, RecursionError)
 
@@ -18,12 +21,23 @@ def call_format(tokenizer: TokenizerWrapper) -> CallFormat | None:
     parser: _Parser | None = tokenizer.tool_parser
     if parser is None or not tokenizer.tool_call_start_tokens:
         return None
+    is_json = parser.__module__.endswith(_JSON_PARSER)
+    around = _line_break(tokenizer) if is_json else ""
+    breaks = backend_of(tokenizer).encode(around, add_special_tokens=False).ids
     return CallFormat(
         "mlx_lm",
         tuple(tokenizer.tool_call_start_tokens),
         tuple(tokenizer.tool_call_end_tokens or ()),
         lambda writer, tools: WholeBlockReader(writer, tools, parser),
+        (lambda functions: json_block(functions, around)) if is_json else None,
+        breaks[0] if len(breaks) == 1 else None,
     )
+
+
+def _line_break(tokenizer: TokenizerWrapper) -> str:
+    """The line break behind the marker, where the template writes one."""
+    template = str(tokenizer.chat_template).replace("\\n", "\n")
+    return "\n" if f"{tokenizer.tool_call_start}\n" in template else ""
 
 
 class WholeBlockReader:

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
+from urllib.parse import unquote
 
 from optiq.engine.tools.base import Tool
 
@@ -84,10 +85,14 @@ class Schema:
 
     def _target(self, reference: Any) -> Any:  # noqa: ANN401  any JSON value
         node = self.root
-        if not isinstance(reference, str) or not reference.startswith("#/"):
+        if not isinstance(reference, str) or not (reference == "#" or reference.startswith("#/")):
             return None
-        for part in reference[2:].split("/"):
-            node = node.get(part) if isinstance(node, Mapping) else None
+        for part in reference.split("/")[1:]:
+            key = unquote(part).replace("~1", "/").replace("~0", "~")
+            if isinstance(node, list):
+                node = node[int(key)] if key.isdecimal() and int(key) < len(node) else None
+            else:
+                node = node.get(key) if isinstance(node, Mapping) else None
         return node
 
 
