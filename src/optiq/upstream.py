@@ -5,11 +5,10 @@ Nothing of it is replaced; only public functions and classes are used.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
-from mlx_lm import stream_generate
 from mlx_lm.models.cache import (
     ArraysCache,
     CacheList,
@@ -18,7 +17,6 @@ from mlx_lm.models.cache import (
     make_prompt_cache,
 )
 from mlx_lm.models.switch_layers import SwitchLinear
-from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import (
     _get_classes,
@@ -42,10 +40,8 @@ __all__ = [
     "TokenizerWrapper",
     "build_model",
     "dense_float32",
-    "generate_text",
     "load_as",
     "load_config",
-    "load_quantized",
     "make_prompt_cache",
     "tokenizer_of",
 ]
@@ -118,12 +114,6 @@ def _check_blocks(config: dict[str, Any], model_type: str) -> None:
                 )
 
 
-def load_quantized(path: Path) -> tuple[nn.Module, dict[str, Any]]:
-    """Model and config of an MLX directory as stock mlx-lm loads it, weights unevaluated."""
-    model, config = load_model(path, lazy=True)
-    return model, config
-
-
 def load_as(
     path: Path, config: dict[str, Any], own: Callable[[dict[str, Any]], nn.Module] | None
 ) -> nn.Module:
@@ -164,21 +154,3 @@ def tokenizer_of(path: Path, config: dict[str, Any]) -> TokenizerWrapper:
     never = {"trust_remote_code": False}
     eos = config.get("eos_token_id")
     return cast(TokenizerWrapper, load_tokenizer(path, never, eos_token_ids=eos))
-
-
-def generate_text(
-    model: nn.Module,
-    tokenizer: TokenizerWrapper,
-    prompt: list[int],
-    max_tokens: int,
-    temperature: float,
-) -> Iterator[Any]:
-    """Stream of mlx-lm's generation responses.
-
-    Each has `text`, `token`, `prompt_tps`, `generation_tps` and, at the end, `finish_reason`.
-    """
-    sampler = make_sampler(temp=temperature)
-    return cast(
-        Iterator[Any],
-        stream_generate(model, tokenizer, mx.array(prompt), max_tokens=max_tokens, sampler=sampler),
-    )

@@ -16,7 +16,7 @@ from optiq.configs import BenchConfig
 @output.json_result
 @config_options(BenchConfig)
 def command(model: Path, as_json: bool, configs: Configs) -> None:
-    """Time prefill and decode of MODEL through stock mlx-lm; writes MODEL/optiq/speed.json."""
+    """Time prefill and decode of MODEL in the engine; writes MODEL/optiq/speed.json."""
     from optiq import pipeline
 
     with output.talk() as emit:

@@ -403,6 +403,11 @@ class Engine:
         return self._target.vocab_size
 
     @property
+    def stop_tokens(self) -> frozenset[int]:
+        """Tokens that end an answer."""
+        return self._stop
+
+    @property
     def idle(self) -> bool:
         """Whether every answer that was begun has ended."""
         with self._lock:

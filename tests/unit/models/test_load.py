@@ -9,6 +9,7 @@ from pathlib import Path
 import mlx_lm
 import numpy as np
 import pytest
+from mlx_lm.utils import load_model
 
 from optiq.backend import mx, nn, tree_flatten
 from optiq.configs import RunConfig
@@ -24,7 +25,7 @@ from optiq.models.load import (
     stored_bpw,
 )
 from optiq.models.safetensors_io import INDEX_NAME, ShardWriter, TensorSpec, read_headers
-from optiq.upstream import SwitchLinear, load_quantized
+from optiq.upstream import SwitchLinear
 from tests.tiny import (
     SPECIALS,
     VOCAB,
@@ -695,7 +696,7 @@ def test_a_quantized_directory_gives_dequantized_weights(tmp_path, family, setti
     assert opened.info.dtype == "float32"
     assert opened.info.fixed_bytes == source.info.fixed_bytes
 
-    stock, _ = load_quantized(out)
+    stock, _ = load_model(out, lazy=True)
     modules = dict(stock.named_modules())
     weights, dense = opened.weights(), source.weights()
     num_quantized = 0
@@ -719,7 +720,7 @@ def test_what_stock_mlx_lm_converts_is_opened(folder, tmp_path):
     out = tmp_path / "converted"
     mlx_lm.convert(str(folder), str(out), quantize=True, q_bits=4, q_group_size=64)
     opened = open_quantized(out)
-    stock, _ = load_quantized(out)
+    stock, _ = load_model(out, lazy=True)
     stock.set_dtype(mx.float32)
     tokens = mx.array(np.random.default_rng(0).integers(0, VOCAB, (2, 9)))
     assert mx.allclose(opened.model()(tokens), stock(tokens), atol=1e-3).item()

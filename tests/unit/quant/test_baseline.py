@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from mlx_lm.utils import quantize_model
+from mlx_lm.utils import load_model, quantize_model
 
 from optiq.artifacts import BITS, GROUP_SIZES, QuantOption
 from optiq.backend import mx
@@ -15,7 +15,6 @@ from optiq.errors import UsageError
 from optiq.events import no_emit
 from optiq.models.load import open_source, size_on_disk
 from optiq.quant.baseline import pick_uniform, uniform_candidates, write_uniform
-from optiq.upstream import load_quantized
 from tests.tiny import tiny_checkpoint
 
 
@@ -70,7 +69,7 @@ def test_the_dtype_of_the_config_is_taken_as_stock_does(tmp_path):
 
 def test_stock_loads_it_with_tokenizer_and_it_runs(tmp_path, tiny_source):
     write_uniform(tiny_source, QuantOption("affine", 4, 64), tmp_path / "out", no_emit)
-    model, _ = load_quantized(tmp_path / "out")
+    model, _ = load_model(tmp_path / "out", lazy=True)
     logits = model(mx.array([[1, 2, 3]])).astype(mx.float32)
     assert np.isfinite(np.array(logits)).all()
     for name in ("tokenizer.json", "tokenizer_config.json"):

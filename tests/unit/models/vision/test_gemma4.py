@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+from mlx_lm.utils import load_model
 from PIL import Image
 
 from optiq.backend import mx
@@ -13,7 +14,7 @@ from optiq.models.families.gemma4 import Gemma4
 from optiq.models.load import read_config
 from optiq.models.safetensors_io import INDEX_NAME, SIDECAR_NAME
 from optiq.models.vision.gemma4 import Gemma4Vision
-from optiq.upstream import dense_float32, load_quantized
+from optiq.upstream import dense_float32
 from tests.gemma4 import (
     INFO,
     LIMIT,
@@ -70,10 +71,10 @@ def test_prompts_are_expanded_as_the_processor_does(vision, name):
 
 def test_logits_of_the_artifact_from_stored_patches(gemma_release, vision):
     """Through the quantized weights of a checkpoint that lies on its grid: the same bound."""
-    model, config = load_quantized(gemma_release.path)
+    model, config = load_model(gemma_release.path, lazy=True)
     model.set_dtype(mx.float32)
     quantized = Gemma4(model, config)
-    dense = Gemma4(dense_float32(load_quantized(gemma_release.path)[0]), config)
+    dense = Gemma4(dense_float32(load_model(gemma_release.path, lazy=True)[0]), config)
     for name in CASES:
         ids, _ = inputs(f"image/{name}")
         features = vision.features(stored_patches(name))
@@ -85,7 +86,7 @@ def test_logits_of_the_artifact_from_stored_patches(gemma_release, vision):
 
 @pytest.mark.parametrize("chunk", [1, 16, 64])
 def test_text_logits_of_the_artifact(gemma_release, chunk):
-    model, config = load_quantized(gemma_release.path)
+    model, config = load_model(gemma_release.path, lazy=True)
     model.set_dtype(mx.float32)
     for name in INFO["text"]:
         logits = prefilled(Gemma4(model, config), f"text/{name}", chunk)
