@@ -302,7 +302,7 @@ def evaluate(
         EngineFailure: if the machine or the server fails; what was answered is kept.
     """
     config, run = config or EvalConfig(), run or RunConfig()
-    tasks = benchmarks.chosen_tasks(config, emit)
+    tasks = benchmarks.chosen_tasks(config)
     subject = open_subject(model, config, served or ServedConfig(), run)
     key = digest(subject.info.fingerprint, dataclasses.replace(config, tasks=()))
     logs = logs or work_root(run) / f"eval-{key}"

@@ -2,15 +2,15 @@
 
 An item has `id`, `answer`, and either `messages` (with `tools` and `enable_thinking` if it likes)
 or `prompt`, a raw text to continue. `skill` names the part that figures are given by. Where it has
-`tool_calls`, these are what the answer must call.
+`tool_calls`, these are what the answer must call. A part `{"type": "image", "image": FILE}` of a
+message is a picture, named from the folder of the items.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import hashlib
 import json
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,59 +34,83 @@ _OPTIONAL: dict[str, type | tuple[type, ...]] = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class FileTask:
-    """A task from a file.
-
-    Attributes:
-        task: asks and scores the items that are not skipped.
-        skipped: reason -> how many items were left out for it.
-    """
-
-    task: Task
-    skipped: Mapping[str, int]
-
-
-def from_file(path: Path) -> FileTask:
+def from_file(path: Path) -> Task:
     """A task of the items in a file of JSON lines.
 
-    Its name is the file's, its version has a digest of the items. Items with images are skipped:
-    the models under test are asked in text.
+    Its name is the file's, its version has a digest of the items, pictures among them.
 
     Raises:
         UsageError: if the file cannot be read, holds no items, or an item is not of the form; names
             the item.
     """
     items: dict[str, Item] = {}
-    skipped: Counter[str] = Counter()
-    rows = list(read_rows(path))
-    for number, row in enumerate(rows, start=1):
+    pictures: dict[str, Path] = {}
+    for number, row in enumerate(read_rows(path), start=1):
         where = f"{path}, item {number}"
         _check(row, where)
         if row["id"] in items:
             raise UsageError(f"{where}: the id '{row['id']}' is there twice; make it unique")
-        if _has_image(row):
-            skipped["has images"] += 1
-        else:
-            items[row["id"]] = Item(id=row["id"], fields=row)
+        items[row["id"]] = Item(id=row["id"], fields=_with_digests(row, where, path, pictures))
     if not items:
-        reasons = f" ({skipped['has images']} with images)" if skipped else ""
         raise UsageError(
-            f"{path} holds no items to ask{reasons}; give lines such as "
+            f"{path} holds no items to ask; give lines such as "
             '{"id": "1", "messages": [{"role": "user", "content": ...}], "answer": ...}'
         )
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-.") or "items"
-    return FileTask(_task(f"file-{name}", path.name, digest(rows), list(items.values())), skipped)
+    content = digest([dict(item.fields) for item in items.values()])
+    return _task((f"file-{name}", path.name, content), list(items.values()), pictures)
 
 
-def _task(name: str, title: str, content: str, items: Sequence[Item]) -> Task:
+def _with_digests(row: Row, where: str, path: Path, pictures: dict[str, Path]) -> Row:
+    """The row with the digest of every picture in the place of its name.
+
+    Args:
+        row: of the file.
+        where: names it.
+        path: of the file.
+        pictures: digest -> file; takes those of the row.
+    """
+    if row.get("images"):
+        raise UsageError(f"{where}: 'images' beside the messages; put image parts into them")
+    turns = []
+    for turn in row.get("messages", []):
+        content = turn.get("content")
+        if isinstance(content, list):
+            parts = [_with_digest(part, where, path.parent, pictures) for part in content]
+            turn = turn | {"content": parts}
+        turns.append(turn)
+    return row | {"messages": turns} if turns else row
+
+
+def _with_digest(part: Any, where: str, folder: Path, pictures: dict[str, Path]) -> Any:  # noqa: ANN401
+    """A part with its picture by digest."""
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind not in _IMAGE_PARTS:
+        return part
+    name = part.get("image")
+    if kind != "image" or not isinstance(name, str):
+        raise UsageError(
+            f'{where}: a picture must be a file: {{"type": "image", "image": "FILE"}}, from the '
+            "folder of the items"
+        )
+    try:
+        found = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    except OSError as error:
+        raise UsageError(f"{where}: the picture {name} cannot be read ({error.strerror})") from None
+    pictures[found] = folder / name
+    return {"type": "image", "sha256": found}
+
+
+def _task(words: tuple[str, str, str], items: Sequence[Item], pictures: Mapping[str, Path]) -> Task:
+    """The task of a name, a title and a digest."""
+    name, title, content = words
     return Task(
         name=name,
         title=title,
         version=f"1+{content[:8]}",
         groups=lambda item: {"skill": str(item.fields.get("skill", "all"))},
         dataset=lambda _data, config: evenly(items, config.limit),
-        solver=_solver,
+        solver=lambda item, config: _solver(item, config, pictures),
         scorer=_scorer,
     )
 
@@ -136,25 +160,20 @@ def _is_call(call: object) -> bool:
     )
 
 
-def _has_image(row: Row) -> bool:
-    contents = [turn.get("content") for turn in row.get("messages", [])]
-    parts = [part for content in contents if isinstance(content, list) for part in content]
-    return bool(row.get("images")) or any(
-        isinstance(part, dict) and part.get("type") in _IMAGE_PARTS for part in parts
-    )
-
-
-def _solver(item: Item, config: EvalConfig) -> Prompt:
+def _solver(item: Item, config: EvalConfig, pictures: Mapping[str, Path]) -> Prompt:
     fields = item.fields
     max_tokens = config.max_tokens or _MAX_TOKENS
     if "prompt" in fields:
         stop = (fields["stop"],) if fields.get("stop") else ()
         return Continuation(fields["prompt"], max_tokens, stop)
+    contents = [turn.get("content") for turn in fields["messages"]]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
     return Chat(
         tuple(fields["messages"]),
         max_tokens,
         tools=tuple(fields.get("tools") or ()),
         thinking=fields.get("enable_thinking"),
+        images=tuple(pictures[part["sha256"]] for part in parts if part["type"] == "image"),
     )
 
 

@@ -105,7 +105,9 @@ def items_hash(items: Iterable[Item]) -> str:
 
 def prompt_hash(prompt: Prompt) -> str:
     """Hash of a prompt."""
-    return _hash([type(prompt).__name__, dataclasses.asdict(prompt)])
+    values = dataclasses.asdict(prompt)
+    values.pop("images", None)  # places; what the pictures show is in the messages
+    return _hash([type(prompt).__name__, values])
 
 
 def prompts_hash(hashes: Iterable[str]) -> str:

@@ -327,7 +327,7 @@ def _rescore(
 
 def _task(name: str, config: EvalConfig) -> Task:
     """The benchmark of a log, or the user's own items."""
-    own = from_file(config.task_file).task if config.task_file is not None else None
+    own = from_file(config.task_file) if config.task_file is not None else None
     return own if own is not None and own.name == name else TASKS.get(name)
 
 

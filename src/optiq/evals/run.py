@@ -94,7 +94,7 @@ def _beginning(prompt: Prompt) -> str:
     return prompt.shared if isinstance(prompt, Choice) else ""
 
 
-def chosen_tasks(config: EvalConfig, emit: Emit = no_emit) -> list[Task]:
+def chosen_tasks(config: EvalConfig) -> list[Task]:
     """The benchmarks that `--tasks` names: words or lists with commas; `all` means six.
 
     Without any it is the six, or the file of `--task-file` alone.
@@ -109,10 +109,7 @@ def chosen_tasks(config: EvalConfig, emit: Emit = no_emit) -> list[Task]:
         names = names or list(CAPABILITY)
     tasks = [TASKS.get(name) for name in dict.fromkeys(names)]
     if config.task_file is not None:
-        own = from_file(config.task_file)
-        tasks.append(own.task)
-        for reason, count in own.skipped.items():
-            emit(Notice(f"{own.task.name}: {count} items are left out: {reason}", "warning"))
+        tasks.append(from_file(config.task_file))
     check_ready(tasks, config)
     return tasks
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from optiq.configs import EvalConfig
@@ -36,12 +37,15 @@ class Chat:
         tools: OpenAI function schemas offered in the model's native format.
         max_tokens: longest answer.
         thinking: whether the model may think first; None for what the options say.
+        images: files of the pictures, in the order of their parts in the messages; the parts have
+            digests of what they show.
     """
 
     messages: tuple[Mapping[str, Any], ...]
     max_tokens: int
     tools: tuple[Mapping[str, Any], ...] = ()
     thinking: bool | None = None
+    images: tuple[Path, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,8 @@
 """Exact-match items from files."""
 
+import hashlib
 import json
+import shutil
 
 import pytest
 
@@ -8,6 +10,7 @@ from optiq.configs import EvalConfig
 from optiq.data.benchmarks import BenchmarkData
 from optiq.errors import UsageError
 from optiq.evals.exact import from_file
+from optiq.evals.log import prompt_hash
 from optiq.evals.task import Chat, Continuation, Response, ToolCall
 from tests.benchmarks import write
 
@@ -33,41 +36,55 @@ ITEMS = [
 
 @pytest.fixture
 def made(tmp_path):
+    (tmp_path / "x.png").write_bytes(b"a cat")
     write(tmp_path / "my items.jsonl", ITEMS)
     return from_file(tmp_path / "my items.jsonl")
 
 
 @pytest.fixture
 def items(made):
-    return {item.id: item for item in made.task.dataset(NO_DATA, CONFIG)}
+    return {item.id: item for item in made.dataset(NO_DATA, CONFIG)}
 
 
 def value(made, item, text, *calls):
     parsed = tuple(calls) if calls else None
-    return made.task.score(item, Response(text, tool_calls=parsed), CONFIG).value
+    return made.score(item, Response(text, tool_calls=parsed), CONFIG).value
 
 
-def test_items_with_images_are_skipped_and_counted(made, items):
-    assert list(items) == ["a", "b", "c", "d"]
-    assert made.skipped == {"has images": 1}
+def test_pictures_are_asked_by_file_and_known_by_what_they_show(made, items, tmp_path):
+    prompt = made.solver(items["e"], CONFIG)
+    assert prompt.images == (tmp_path / "x.png",)
+    shows = hashlib.sha256(b"a cat").hexdigest()
+    assert prompt.messages[0]["content"] == [{"type": "image", "sha256": shows}]
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "x.png").write_bytes(b"a cat")
+    write(elsewhere / "my items.jsonl", ITEMS)
+    same = from_file(elsewhere / "my items.jsonl")
+    assert same.version == made.version
+    (again,) = [item for item in same.dataset(NO_DATA, CONFIG) if item.id == "e"]
+    assert prompt_hash(same.solver(again, CONFIG)) == prompt_hash(prompt)
+    (elsewhere / "x.png").write_bytes(b"a dog")
+    assert from_file(elsewhere / "my items.jsonl").version != made.version
 
 
 def test_name_version_and_groups(made, items, tmp_path):
-    assert made.task.name == "file-my-items"
-    assert made.task.title == "my items.jsonl"
-    assert [made.task.groups(item)["skill"] for item in items.values()] == [
+    assert made.name == "file-my-items"
+    assert made.title == "my items.jsonl"
+    assert [made.groups(item)["skill"] for item in items.values()] == [
         "sums",
         "all",
         "tools",
         "all",
+        "all",
     ]
     write(tmp_path / "my items.jsonl", ITEMS[:2])
     other = from_file(tmp_path / "my items.jsonl").task
-    assert other.version != made.task.version
+    assert other.version != made.version
 
 
 def test_prompts(made, items):
-    asked = {name: made.task.solver(item, CONFIG) for name, item in items.items()}
+    asked = {name: made.solver(item, CONFIG) for name, item in items.items()}
     assert asked["a"] == Chat((USER,), 512)
     assert asked["b"].thinking is True
     assert asked["c"].tools == (TOOL,)
@@ -99,13 +116,13 @@ def test_true_is_not_one(tmp_path):
         tmp_path / "x.jsonl", [{"id": "1", "messages": [USER], "answer": "-", "tool_calls": wanted}]
     )
     made = from_file(tmp_path / "x.jsonl")
-    (item,) = made.task.dataset(NO_DATA, CONFIG)
+    (item,) = made.dataset(NO_DATA, CONFIG)
     assert value(made, item, "", ToolCall("f", {"x": 1})) == 1.0
     assert value(made, item, "", ToolCall("f", {"x": True})) == 0.0
 
 
 def test_a_limit(made):
-    assert [i.id for i in made.task.dataset(NO_DATA, EvalConfig(limit=2))] == ["a", "c"]
+    assert [i.id for i in made.dataset(NO_DATA, EvalConfig(limit=2))] == ["a", "c"]
 
 
 GOOD = ITEMS[0]
@@ -141,7 +158,8 @@ def test_items_of_another_form(tmp_path, row, message):
         (None, "does not exist"),
         ("", "holds no items"),
         ("[]", "line 1 is not a JSON object"),
-        (json.dumps(ITEMS[4]), r"holds no items to ask \(1 with images\)"),
+        (json.dumps(ITEMS[4]), r"the picture x\.png cannot be read"),
+        (json.dumps(ITEMS[0] | {"images": ["x.png"]}), "put image parts into them"),
         (json.dumps(GOOD) + "\n" + json.dumps(GOOD), "item 2: the id 'a' is there twice"),
     ],
 )
@@ -155,15 +173,17 @@ def test_files_of_another_form(tmp_path, content, message):
 
 @pytest.mark.assets
 def test_the_skills_of_the_small_model(shared, tmp_path):
-    files = sorted((shared / "assets" / "gemma4-small" / "eval").glob("*.jsonl"))
-    (tmp_path / "all.jsonl").write_text("".join(file.read_text() for file in files))
+    folder = shared / "assets" / "gemma4-small" / "eval"
+    shutil.copytree(folder / "images", tmp_path / "images")
+    text = "".join(file.read_text() for file in sorted(folder.glob("*.jsonl")))
+    (tmp_path / "all.jsonl").write_text(text)
     made = from_file(tmp_path / "all.jsonl")
-    items = made.task.dataset(NO_DATA, CONFIG)
-    assert made.skipped["has images"] == 50
-    assert len({made.task.groups(item)["skill"] for item in items}) == 11
+    items = made.dataset(NO_DATA, CONFIG)
+    assert sum(bool(getattr(made.solver(i, CONFIG), "images", ())) for i in items) == 50
+    assert len({made.groups(item)["skill"] for item in items}) == 12
     for item in items:
         assert value(made, item, item.fields["answer"]) == 1.0
         if item.fields.get("tool_calls"):
             calls = [ToolCall(c["name"], c["arguments"]) for c in item.fields["tool_calls"]]
             assert value(made, item, "", *calls) == 1.0
-        assert made.task.solver(item, CONFIG).max_tokens > 0
+        assert made.solver(item, CONFIG).max_tokens > 0

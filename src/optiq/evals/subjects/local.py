@@ -37,6 +37,7 @@ from optiq.models.load import (
     stored_bpw,
 )
 from optiq.models.safetensors_io import fingerprint
+from optiq.models.vision.gemma4 import Gemma4Vision
 from optiq.upstream import make_prompt_cache
 
 _WAVE_BATCHES = 4
@@ -134,11 +135,13 @@ class LocalModel:
         return _WAVE_BATCHES * self._options.batch_size
 
     def check(self, prompt: Prompt) -> None:
-        """Refuse functions where the chat template has no place for them.
+        """Refuse functions where the chat template has no place for them, and pictures unseen.
 
         Raises:
             UsageError: in that case.
         """
+        if isinstance(prompt, Chat) and prompt.images:
+            Gemma4Vision(self._path, self._config)
         if isinstance(prompt, Chat) and prompt.tools and not self._offers_tools:
             raise UsageError(
                 f"the chat template of {self._path} has no place for functions; ask with "
@@ -322,7 +325,7 @@ class LocalModel:
         if isinstance(prompt, Continuation):
             return self._engine.generate(prompt.text, stop=prompt.stop, **settings)
         return self._engine.generate(
-            prompt.messages, tools=prompt.tools, thinking=self._thinks(prompt), **settings
+            prompt.messages, prompt.images, prompt.tools, thinking=self._thinks(prompt), **settings
         )
 
     def _read(self, prompt: Prompt, generation: Generation) -> Answer:

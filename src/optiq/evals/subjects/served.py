@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import math
+import mimetypes
 import queue
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from optiq.artifacts import SubjectInfo
@@ -238,7 +241,8 @@ class ServedModel:
                     f"{self._http.url} cannot be told whether to think, which an item asks for"
                 )
             body["chat_template_kwargs"] = {"enable_thinking": prompt.thinking}
-        body["messages"] = [dict(message) for message in prompt.messages]
+        images = iter(prompt.images)
+        body["messages"] = [_with_pictures(message, images) for message in prompt.messages]
         if prompt.tools:
             body["tools"] = [dict(tool) for tool in prompt.tools]
         data = self._http.post("chat/completions", body)
@@ -284,6 +288,21 @@ class ServedModel:
         if starts[0] > 0 or not own or any(value is None or value != value for value in own):
             raise ValueError("the prompt is not echoed with its log-likelihoods")
         return float(sum(own))
+
+
+def _with_pictures(message: Mapping[str, Any], images: Iterator[Path]) -> dict[str, Any]:
+    """A message whose image parts hold the next pictures, as data URLs."""
+    content = message.get("content")
+    if not isinstance(content, list):
+        return dict(message)
+    parts = [_picture(next(images)) if part["type"] == "image" else part for part in content]
+    return dict(message) | {"content": parts}
+
+
+def _picture(path: Path) -> dict[str, Any]:
+    kind = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
+    data = base64.b64encode(path.read_bytes()).decode()
+    return {"type": "image_url", "image_url": {"url": f"data:{kind};base64,{data}"}}
 
 
 def _ending(data: dict[str, Any], choice: dict[str, Any]) -> tuple[int, bool]:
