@@ -79,7 +79,7 @@ def test_name_version_and_groups(made, items, tmp_path):
         "all",
     ]
     write(tmp_path / "my items.jsonl", ITEMS[:2])
-    other = from_file(tmp_path / "my items.jsonl").task
+    other = from_file(tmp_path / "my items.jsonl")
     assert other.version != made.version
 
 
