@@ -30,6 +30,8 @@ PICTURES = {"bits": "optiq/bits.svg", "kl": "optiq/kl.svg"}
 SIDE_MODELS = {"optiq_vision.safetensors": "Vision", "optiq_drafter.safetensors": "Drafter"}
 """Files beside the language model -> what they are on a card."""
 
+_SMALL_SAMPLE = 100  # items; the six benchmarks have more
+
 _METHODS = {"fisher": "streamed Fisher sketch", "exact": "one matrix at a time"}
 _ROUNDINGS = {
     "rtn": "to nearest",
@@ -162,8 +164,15 @@ def _benchmarks(facts: CardFacts) -> dict[str, str] | None:
     return {
         "table": markdown_table(columns, rows),
         "verdict": dataclasses.replace(found, model="This model").sentence if found else "",
-        "note": "± is the standard error over the items." + (_tests(found) if found else ""),
+        "note": _sampled(facts.scores) + (_tests(found) if found else ""),
     }
+
+
+def _sampled(scores: Sequence[BenchmarkScore]) -> str:
+    """What ± is, and which benchmarks are small samples."""
+    small = [CAPABILITY.get(s.task, s.task) for s in scores if s.num_items < _SMALL_SAMPLE]
+    warning = f" Small samples, of fewer than {_SMALL_SAMPLE} items: {', '.join(small)}."
+    return "± is the standard error over the items." + (warning if small else "")
 
 
 def _scored(score: BenchmarkScore, beside: BenchmarkComparison | None, width: int) -> Row:
@@ -186,7 +195,8 @@ def _mean(facts: CardFacts, width: int) -> Row:
     mean = sum(row.score_percent for row in facts.scores) / number
     stderr = math.hypot(*(row.stderr_points for row in facts.scores)) / number
     name = "Capability Score" if is_capability(facts.scores) else f"mean of {number}"
-    cells: Row = (f"**{name}**", "", "", f"**{mean:.2f}** ± {stderr:.2f}")
+    items = sum(row.num_items for row in facts.scores)
+    cells: Row = (f"**{name}**", "", f"{items:,}", f"**{mean:.2f}** ± {stderr:.2f}")
     found = facts.comparison
     if found is not None and found.overall is not None:
         difference = _difference(found.overall.delta_points, found.overall.ci_points)

@@ -756,6 +756,10 @@ def test_a_quantized_directory_that_does_not_exist(tmp_path):
     refuse_quantized(tmp_path / "gone", "has no config.json")
 
 
+def test_a_file_where_a_quantized_directory_should_be(quantized_copy):
+    refuse_quantized(quantized_copy / "config.json", "config.json has no config.json; give a")
+
+
 @pytest.mark.parametrize("place", ["default", "matrix"])
 def test_another_mode_than_affine(quantized_copy, place):
     config = json.loads((quantized_copy / "config.json").read_text())["quantization"]
