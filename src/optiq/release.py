@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import TypeVar
@@ -9,6 +10,7 @@ from typing import TypeVar
 from optiq.artifacts import (
     Artifact,
     BitPlan,
+    EvalLog,
     Fidelity,
     RunRecord,
     SensitivityTable,
@@ -16,10 +18,12 @@ from optiq.artifacts import (
     write_atomic,
 )
 from optiq.card import PICTURES, SIDE_MODELS, CardFacts, render
-from optiq.configs import AllocateConfig
+from optiq.configs import AllocateConfig, words_of
 from optiq.errors import UsageError
-from optiq.eval_artifacts import BenchmarkScore, Comparison
+from optiq.eval_artifacts import CAPABILITY, BenchmarkScore, Comparison
 from optiq.evals.compare import compare
+from optiq.evals.log import config_of
+from optiq.evals.log import read_headers as read_logs
 from optiq.evals.scores import LOGS, REPORT, logs_of, read_evaluated, summary
 from optiq.events import Emit, no_emit
 from optiq.hub_upload import Upload, planned, send
@@ -151,6 +155,8 @@ def _facts(model: Path, name: str) -> CardFacts:
         rivals=rivals,
         speed=_artifact(Speed, folder / "speed.json"),
         scores=_scores(model),
+        asked=_asked(model),
+        cut_off=_cut_off(model),
         comparison=_artifact(Comparison, model / _COMPARISON),
         options=run.options if run else None,
         license=license_kept,
@@ -172,6 +178,33 @@ def _scores(model: Path) -> tuple[BenchmarkScore, ...]:
         return ()
     found = (summary(scores) for scores in read_evaluated(model / LOGS).scores.values())
     return tuple(score for score in found if score is not None)
+
+
+def _asked(model: Path) -> tuple[tuple[str, ...], ...]:
+    """Words after `optiq eval MODEL` that ask the benchmarks again, a line for each way to ask."""
+    ways: dict[tuple[str, ...], list[str]] = {}
+    for task, header in _headers(model).items():
+        config = dataclasses.replace(config_of(header, model / LOGS), tasks=(), data_dir=None)
+        ways.setdefault(words_of(config), []).append(task)
+    return tuple(
+        (() if set(tasks) == set(CAPABILITY) else ("--tasks", ",".join(tasks))) + words
+        for words, tasks in ways.items()
+    )
+
+
+def _cut_off(model: Path) -> dict[str, float]:
+    """Share of the answers to a benchmark that were not at their end, where there are such."""
+    headers = _headers(model).items()
+    return {t: h.num_truncated / h.num_answers for t, h in headers if h.num_truncated}
+
+
+def _headers(model: Path) -> dict[str, EvalLog]:
+    """Of the benchmarks that were run on the directory, in the order of cards."""
+    if not (model / LOGS / REPORT).is_file():
+        return {}
+    found = read_logs(model / LOGS)
+    order = [*CAPABILITY, *(task for task in found if task not in CAPABILITY)]
+    return {t: found[t] for t in order if t in found and found[t].subject.kind == "local"}
 
 
 def _draw(

@@ -103,8 +103,8 @@ def verdict(
     - better: the scores differ in favour of the model, and its file is not more than 1% larger.
     - worse: the rival is better in the same sense, so its file is not more than 1% larger. Verdicts
       on (A, B) and (B, A) mirror each other.
-    - not_comparable: bytes are not known, items, versions or prompts differ, or the scores differ in
-      favour of a file that is more than 1% larger, which says nothing of equal bytes.
+    - not_comparable: bytes are not known; items, versions or prompts differ; or the scores differ
+      in favour of a file that is more than 1% larger, which says nothing of equal bytes.
     - no_difference: otherwise.
 
     Args:
