@@ -90,7 +90,8 @@ def _add_logs(model: Path, logs: Path | None, baseline_logs: Path | None) -> Non
         if folder is not None
     }
     for folder in given.values():
-        read_evaluated(folder)  # refuses what cannot be read
+        read_evaluated(folder)  # both refuse what cannot be read
+        read_logs(folder)
     if LOGS not in given and not (model / LOGS / REPORT).is_file():
         if given:
             raise UsageError(f"{model} has no logs to compare with --baseline-logs; give --logs")
@@ -106,10 +107,14 @@ def _add_logs(model: Path, logs: Path | None, baseline_logs: Path | None) -> Non
 
 
 def _replace_logs(origin: Path, target: Path) -> None:
-    """Copy the files of logs; the report is the last, so that logs with one are whole."""
+    """Copy the files of logs; the report is the last, so that logs with one are whole.
+
+    Headers lose the places of files on this machine, because the directory is there to be uploaded.
+    """
     if origin.resolve() == target.resolve():
         return
     files = sorted(file for pattern in _LOG_FILES for file in origin.glob(pattern))
+    headers = read_logs(origin)
     with disk_failure(target):
         target.mkdir(parents=True, exist_ok=True)
         (target / REPORT).unlink(missing_ok=True)
@@ -117,8 +122,21 @@ def _replace_logs(origin: Path, target: Path) -> None:
             for old in target.glob(pattern):
                 old.unlink()
         for file in sorted(files, key=lambda file: file.name == REPORT):
-            if file.is_file():
+            if file.suffix == ".json" and file.stem in headers:
+                _without_places(headers[file.stem]).save(target / file.name)
+            elif file.is_file():
                 shutil.copyfile(file, target / file.name)
+
+
+def _without_places(header: EvalLog) -> EvalLog:
+    """The header with the names of files and directories alone."""
+    options = dict(header.options)
+    options |= {
+        name: Path(value).name
+        for name in ("data_dir", "task_file")
+        if isinstance(value := options.get(name), str)
+    }
+    return dataclasses.replace(header, options=options)
 
 
 def write_card(model: Path, name: str) -> Path:
