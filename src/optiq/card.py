@@ -167,12 +167,17 @@ def _benchmarks(facts: CardFacts) -> dict[str, str] | None:
         rows.append(_mean(facts, len(columns)))
     return {
         "table": markdown_table(columns, rows),
-        "verdict": dataclasses.replace(found, model="This model").sentence if found else "",
+        "verdict": _verdict(found) if found else "",
         "note": _sampled(facts) + (_tests(found) if found else ""),
         "asked": "\n".join(
             shlex.join(["optiq", "eval", facts.name, *words]) for words in facts.asked
         ),
     }
+
+
+def _verdict(found: Comparison) -> str:
+    sentence = dataclasses.replace(found, model="this model").sentence
+    return sentence[:1].upper() + sentence[1:]
 
 
 def _sampled(facts: CardFacts) -> str:

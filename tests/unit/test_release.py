@@ -156,6 +156,12 @@ def test_new_logs_take_the_place_of_all_old_ones(tmp_path):
     assert "Capability Score" not in text
 
 
+def test_the_verdict_is_a_sentence(tmp_path):
+    _, baseline = make_logs(tmp_path)
+    card = release.card(make_whole(tmp_path / "m"), logs=baseline, baseline_logs=baseline)
+    assert "**No difference between this model and uniform 4/64 was found: " in card.read_text()
+
+
 def test_what_cannot_be_compared_keeps_its_own_score(tmp_path):
     logs, baseline = make_logs(tmp_path)
     items = (logs / "bfcl.jsonl").read_text().splitlines()
