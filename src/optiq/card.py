@@ -30,6 +30,8 @@ PICTURES = {"bits": "optiq/bits.svg", "kl": "optiq/kl.svg"}
 SIDE_MODELS = {"optiq_vision.safetensors": "Vision", "optiq_drafter.safetensors": "Drafter"}
 """Files beside the language model -> what they are on a card."""
 
+_SMALL_SAMPLE = 100  # items; the six benchmarks have more
+
 _METHODS = {"fisher": "streamed Fisher sketch", "exact": "one matrix at a time"}
 _ROUNDINGS = {
     "rtn": "to nearest",
@@ -52,6 +54,8 @@ class CardFacts:
         rivals: other models on the same text, for the same source.
         speed: from `optiq bench`, if it ran.
         scores: of its benchmarks.
+        asked: words after `optiq eval NAME` that ask the benchmarks again, a line each.
+        cut_off: share of the answers to a benchmark that the limit of tokens cut off.
         comparison: with a baseline on the same items.
         options: words of the command line that made the model; None if not known.
         license: of the source, under the keys of the metadata block.
@@ -67,6 +71,8 @@ class CardFacts:
     rivals: Sequence[Fidelity] = ()
     speed: Speed | None = None
     scores: Sequence[BenchmarkScore] = ()
+    asked: Sequence[Sequence[str]] = ()
+    cut_off: Mapping[str, float] = dataclasses.field(default_factory=dict)
     comparison: Comparison | None = None
     options: Sequence[str] | None = None
     license: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -161,15 +167,40 @@ def _benchmarks(facts: CardFacts) -> dict[str, str] | None:
         rows.append(_mean(facts, len(columns)))
     return {
         "table": markdown_table(columns, rows),
-        "verdict": dataclasses.replace(found, model="This model").sentence if found else "",
-        "note": "± is the standard error over the items." + (_tests(found) if found else ""),
+        "verdict": _verdict(found) if found else "",
+        "note": _sampled(facts) + (_tests(found) if found else ""),
+        "asked": "\n".join(
+            shlex.join(["optiq", "eval", facts.name, *words]) for words in facts.asked
+        ),
     }
+
+
+def _verdict(found: Comparison) -> str:
+    sentence = dataclasses.replace(found, model="this model").sentence
+    return sentence[:1].upper() + sentence[1:]
+
+
+def _sampled(facts: CardFacts) -> str:
+    """What ± is, and what is to be known of the sample."""
+    sentences = ["± is the standard error over the items."]
+    if small := [_title(s.task) for s in facts.scores if s.num_items < _SMALL_SAMPLE]:
+        few = f"Of fewer than {_SMALL_SAMPLE} items, so small samples"
+        sentences.append(f"{few}: {', '.join(small)}.")
+    if alike := [_title(s.task) for s in facts.scores if not s.stderr_points]:
+        sentences.append(f"Every item scored the same, so ± 0 says nothing: {', '.join(alike)}.")
+    if cut := [f"{_title(t)} {100 * share:.0f}%" for t, share in facts.cut_off.items()]:
+        sentences.append(f"Answers cut off at the most tokens allowed: {', '.join(cut)}.")
+    return " ".join(sentences)
+
+
+def _title(task: str) -> str:
+    return CAPABILITY.get(task, task)
 
 
 def _scored(score: BenchmarkScore, beside: BenchmarkComparison | None, width: int) -> Row:
     """A benchmark, with the baseline where it can be compared."""
     cells: Row = (
-        CAPABILITY.get(score.task, score.task),
+        _title(score.task),
         score.version,
         f"{score.num_items:,}",
         f"{score.score_percent:.2f} ± {score.stderr_points:.2f}",
@@ -186,7 +217,8 @@ def _mean(facts: CardFacts, width: int) -> Row:
     mean = sum(row.score_percent for row in facts.scores) / number
     stderr = math.hypot(*(row.stderr_points for row in facts.scores)) / number
     name = "Capability Score" if is_capability(facts.scores) else f"mean of {number}"
-    cells: Row = (f"**{name}**", "", "", f"**{mean:.2f}** ± {stderr:.2f}")
+    items = sum(row.num_items for row in facts.scores)
+    cells: Row = (f"**{name}**", "", f"{items:,}", f"**{mean:.2f}** ± {stderr:.2f}")
     found = facts.comparison
     if found is not None and found.overall is not None:
         difference = _difference(found.overall.delta_points, found.overall.ci_points)

@@ -318,9 +318,11 @@ def rival_of(model: Path, run: RunConfig | None = None, emit: Emit = no_emit) ->
     """
     run = run or RunConfig()
     source = _own_source(model, run, emit)
-    out = work_directory(source, run) / f"rival-{size_on_disk(model)}"
+    option = uniform.pick_uniform(source, size_on_disk(model))
+    # cards call it by the name of its directory
+    out = work_directory(source, run) / f"uniform-{option.bits}bit-g{option.group_size}"
     if not out.is_dir():
-        uniform.write_uniform(source, uniform.pick_uniform(source, size_on_disk(model)), out, emit)
+        uniform.write_uniform(source, option, out, emit)
     return out
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import TypeVar
@@ -9,6 +10,7 @@ from typing import TypeVar
 from optiq.artifacts import (
     Artifact,
     BitPlan,
+    EvalLog,
     Fidelity,
     RunRecord,
     SensitivityTable,
@@ -16,10 +18,12 @@ from optiq.artifacts import (
     write_atomic,
 )
 from optiq.card import PICTURES, SIDE_MODELS, CardFacts, render
-from optiq.configs import AllocateConfig
+from optiq.configs import AllocateConfig, words_of
 from optiq.errors import UsageError
-from optiq.eval_artifacts import BenchmarkScore, Comparison
+from optiq.eval_artifacts import CAPABILITY, BenchmarkScore, Comparison
 from optiq.evals.compare import compare
+from optiq.evals.log import config_of
+from optiq.evals.log import read_headers as read_logs
 from optiq.evals.scores import LOGS, REPORT, logs_of, read_evaluated, summary
 from optiq.events import Emit, no_emit
 from optiq.hub_upload import Upload, planned, send
@@ -86,7 +90,8 @@ def _add_logs(model: Path, logs: Path | None, baseline_logs: Path | None) -> Non
         if folder is not None
     }
     for folder in given.values():
-        read_evaluated(folder)  # refuses what cannot be read
+        read_evaluated(folder)  # both refuse what cannot be read
+        read_logs(folder)
     if LOGS not in given and not (model / LOGS / REPORT).is_file():
         if given:
             raise UsageError(f"{model} has no logs to compare with --baseline-logs; give --logs")
@@ -102,10 +107,14 @@ def _add_logs(model: Path, logs: Path | None, baseline_logs: Path | None) -> Non
 
 
 def _replace_logs(origin: Path, target: Path) -> None:
-    """Copy the files of logs; the report is the last, so that logs with one are whole."""
+    """Copy the files of logs; the report is the last, so that logs with one are whole.
+
+    Headers lose the places of files on this machine, because the directory is there to be uploaded.
+    """
     if origin.resolve() == target.resolve():
         return
     files = sorted(file for pattern in _LOG_FILES for file in origin.glob(pattern))
+    headers = read_logs(origin)
     with disk_failure(target):
         target.mkdir(parents=True, exist_ok=True)
         (target / REPORT).unlink(missing_ok=True)
@@ -113,8 +122,21 @@ def _replace_logs(origin: Path, target: Path) -> None:
             for old in target.glob(pattern):
                 old.unlink()
         for file in sorted(files, key=lambda file: file.name == REPORT):
-            if file.is_file():
+            if file.suffix == ".json" and file.stem in headers:
+                _without_places(headers[file.stem]).save(target / file.name)
+            elif file.is_file():
                 shutil.copyfile(file, target / file.name)
+
+
+def _without_places(header: EvalLog) -> EvalLog:
+    """The header with the names of files and directories alone."""
+    options = dict(header.options)
+    options |= {
+        name: Path(value).name
+        for name in ("data_dir", "task_file")
+        if isinstance(value := options.get(name), str)
+    }
+    return dataclasses.replace(header, options=options)
 
 
 def write_card(model: Path, name: str) -> Path:
@@ -151,6 +173,8 @@ def _facts(model: Path, name: str) -> CardFacts:
         rivals=rivals,
         speed=_artifact(Speed, folder / "speed.json"),
         scores=_scores(model),
+        asked=_asked(model),
+        cut_off=_cut_off(model),
         comparison=_artifact(Comparison, model / _COMPARISON),
         options=run.options if run else None,
         license=license_kept,
@@ -172,6 +196,33 @@ def _scores(model: Path) -> tuple[BenchmarkScore, ...]:
         return ()
     found = (summary(scores) for scores in read_evaluated(model / LOGS).scores.values())
     return tuple(score for score in found if score is not None)
+
+
+def _asked(model: Path) -> tuple[tuple[str, ...], ...]:
+    """Words after `optiq eval MODEL` that ask the benchmarks again, a line for each way to ask."""
+    ways: dict[tuple[str, ...], list[str]] = {}
+    for task, header in _headers(model).items():
+        config = dataclasses.replace(config_of(header, model / LOGS), tasks=(), data_dir=None)
+        ways.setdefault(words_of(config), []).append(task)
+    return tuple(
+        (() if set(tasks) == set(CAPABILITY) else ("--tasks", ",".join(tasks))) + words
+        for words, tasks in ways.items()
+    )
+
+
+def _cut_off(model: Path) -> dict[str, float]:
+    """Share of the answers to a benchmark that were not at their end, where there are such."""
+    headers = _headers(model).items()
+    return {t: h.num_truncated / h.num_answers for t, h in headers if h.num_truncated}
+
+
+def _headers(model: Path) -> dict[str, EvalLog]:
+    """Of the benchmarks that were run on the directory, in the order of cards."""
+    if not (model / LOGS / REPORT).is_file():
+        return {}
+    found = read_logs(model / LOGS)
+    order = [*CAPABILITY, *(task for task in found if task not in CAPABILITY)]
+    return {t: found[t] for t in order if t in found and found[t].subject.kind == "local"}
 
 
 def _draw(

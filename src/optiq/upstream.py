@@ -30,6 +30,7 @@ from optiq.backend import mx, nn
 from optiq.errors import UnsupportedModel
 
 _MAX_BLOCKS = 10_000  # a tree of more takes minutes and gigabytes, and no model has them
+_ANY_LENGTH = int(1e30)  # of text: what transformers takes where a tokenizer names no limit
 
 __all__ = [
     "ArraysCache",
@@ -149,8 +150,15 @@ def dense_float32(model: nn.Module) -> nn.Module:
 
 
 def tokenizer_of(path: Path, config: dict[str, Any]) -> TokenizerWrapper:
-    """Tokenizer of a directory, with the eos ids of its config; code it brings is refused."""
-    # without a word transformers would ask at the terminal, and run the code on a yes
-    never = {"trust_remote_code": False}
+    """Tokenizer of a directory, with the eos ids of its config; code it brings is refused.
+
+    It takes texts of any length and says nothing of the model's context, which is in the config.
+    """
+    settings = {
+        # without a word transformers would ask at the terminal, and run the code on a yes
+        "trust_remote_code": False,
+        # else a text beyond the context is warned of, also where it is only counted or cut up
+        "model_max_length": _ANY_LENGTH,
+    }
     eos = config.get("eos_token_id")
-    return cast(TokenizerWrapper, load_tokenizer(path, never, eos_token_ids=eos))
+    return cast(TokenizerWrapper, load_tokenizer(path, settings, eos_token_ids=eos))

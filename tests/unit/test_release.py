@@ -12,12 +12,15 @@ import pytest
 import yaml
 
 from optiq import release
-from optiq.artifacts import Fidelity
+from optiq.artifacts import EvalLog, Fidelity, SubjectInfo
 from optiq.cli.main import run
+from optiq.configs import EvalConfig
 from optiq.errors import ArtifactMismatch, UsageError
 from optiq.eval_artifacts import Comparison
+from optiq.evals.run import options_of
 from optiq.quant import plots
-from tests.unit.directories import make_bare, make_logs, make_whole
+from tests.unit.directories import MADE, make_bare, make_logs, make_whole
+from tests.unit.evals.logs import write_logs
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "card"
 PICTURES = {"optiq/bits.svg", "optiq/kl.svg"}
@@ -153,6 +156,12 @@ def test_new_logs_take_the_place_of_all_old_ones(tmp_path):
     assert "Capability Score" not in text
 
 
+def test_the_verdict_is_a_sentence(tmp_path):
+    _, baseline = make_logs(tmp_path)
+    card = release.card(make_whole(tmp_path / "m"), logs=baseline, baseline_logs=baseline)
+    assert "**No difference between this model and uniform 4/64 was found: " in card.read_text()
+
+
 def test_what_cannot_be_compared_keeps_its_own_score(tmp_path):
     logs, baseline = make_logs(tmp_path)
     items = (logs / "bfcl.jsonl").read_text().splitlines()
@@ -166,6 +175,46 @@ def test_what_cannot_be_compared_keeps_its_own_score(tmp_path):
     assert "are not comparable: gsm8k: the harness failed on 1 items" in text
 
 
+def write_header(logs, task, cut, **options):
+    """The header of a log of 200 items, of which `cut` answers were cut off."""
+    EvalLog(
+        task=task,
+        title=task,
+        version="1+chat",
+        fingerprint="0" * 16,
+        options=options_of(EvalConfig(tasks=("all",), data_dir=Path("/home/me/data"), **options)),
+        subject=SubjectInfo("local", "mine", "0" * 64),
+        items="0" * 16,
+        prompts="0" * 16,
+        num_items=200,
+        num_samples=1,
+        provenance=MADE,
+        complete=True,
+        num_answers=200,
+        num_truncated=cut,
+    ).save(logs / f"{task}.json")
+
+
+def test_how_the_benchmarks_were_asked(tmp_path):
+    logs, _ = make_logs(tmp_path)
+    for task, cut in (("gsm8k", 30), ("ifeval", 0)):
+        write_header(logs, task, cut, limit=200, max_tokens=96)
+    write_header(logs, "mmlu", 0)
+    text = release.card(make_whole(tmp_path / "m"), logs=logs, name="me/m").read_text()
+    assert "\noptiq eval me/m --tasks mmlu\n" in text
+    assert "\noptiq eval me/m --tasks gsm8k,ifeval --limit 200 --max-tokens 96\n" in text
+    assert "cut off at the most tokens allowed: GSM8K 15%.\n" in text
+    assert not [file for file in tmp_path.glob("m/**/*.*") if b"/home/me" in file.read_bytes()]
+
+
+def test_small_samples_and_scores_without_spread_are_named(tmp_path):
+    scores = {"mmlu": [1, 0] * 50, "gsm8k": [0, 1], "ifeval": [0] * 100}
+    logs = write_logs(tmp_path / "logs", scores)
+    text = release.card(make_whole(tmp_path / "m"), logs=logs).read_text()
+    assert "Of fewer than 100 items, so small samples: GSM8K. " in text
+    assert "Every item scored the same, so ± 0 says nothing: IFEval." in text
+
+
 def test_refusals_change_nothing(tmp_path):
     logs, baseline = make_logs(tmp_path)
     model = make_whole(tmp_path / "m")
@@ -174,6 +223,9 @@ def test_refusals_change_nothing(tmp_path):
         release.card(model, baseline_logs=baseline)
     with pytest.raises(UsageError, match="no finished logs"):
         release.card(model, logs=tmp_path)
+    (baseline / "mmlu.json").write_text("{}")
+    with pytest.raises(ArtifactMismatch, match=r"mmlu\.json is no optiq\.eval_log"):
+        release.card(model, logs=logs, baseline_logs=baseline)
     (baseline / "bfcl.jsonl").write_text("{")
     with pytest.raises(UsageError, match="line 1 is no response"):
         release.card(model, logs=logs, baseline_logs=baseline)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from optiq.artifacts import BenchmarkResult
+from optiq.artifacts import BenchmarkResult, EvalReport
 from optiq.cli import compare, eval_show, output
 from optiq.cli.options import ConfigCommand, Configs, config_options
 from optiq.configs import EvalConfig, RunConfig, ServedConfig
 from optiq.errors import UsageError
+from optiq.eval_artifacts import CAPABILITY
 from optiq.events import Emit
 
 if TYPE_CHECKING:
@@ -188,12 +190,21 @@ def _show(found: list[Evaluation], as_json: bool) -> None:
         rows = [_row(name, result) for name, result in report.benchmarks.items()]
         output.data(output.table(rows, _COLUMNS))
         if report.mean is not None:
-            output.data(f"Capability Score {100 * report.mean:.2f}")
+            output.data(_capability(report, report.mean))
         output.say(f"logs and report: {each.logs}")
         _explain(report.benchmarks)
     if comparison is not None:
         output.data("")
         compare.show(comparison)
+
+
+def _capability(report: EvalReport, mean: float) -> str:
+    """The mean of the six with its standard error, and how many items are behind it."""
+    rows = [row for name, row in report.benchmarks.items() if name in CAPABILITY]
+    errors = [row.se for row in rows if row.se is not None]
+    known = len(errors) == len(rows)
+    error = f" ± {100 * math.hypot(*errors) / len(rows):.2f}" if known else ""
+    return f"Capability Score {100 * mean:.2f}{error} over {sum(row.n for row in rows):,} items"
 
 
 def _row(name: str, result: BenchmarkResult) -> tuple[str, ...]:

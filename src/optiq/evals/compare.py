@@ -103,8 +103,8 @@ def verdict(
     - better: the scores differ in favour of the model, and its file is not more than 1% larger.
     - worse: the rival is better in the same sense, so its file is not more than 1% larger. Verdicts
       on (A, B) and (B, A) mirror each other.
-    - not_comparable: bytes are not known, items or versions differ, or the scores differ in favour
-      of a file that is more than 1% larger, which says nothing of equal bytes.
+    - not_comparable: bytes are not known; items, versions or prompts differ; or the scores differ
+      in favour of a file that is more than 1% larger, which says nothing of equal bytes.
     - no_difference: otherwise.
 
     Args:
@@ -172,6 +172,8 @@ def _problem(ours: Scores, theirs: Scores) -> str | None:
     if set(ours.ids) != set(theirs.ids):
         here, there = len(set(ours.ids) - set(theirs.ids)), len(set(theirs.ids) - set(ours.ids))
         return f"items differ ({here} of the model's only, {there} of the rival's only)"
+    if ours.prompts and theirs.prompts and ours.prompts != theirs.prompts:
+        return "the prompts, or the most tokens of an answer, differ"
     failed = sum(math.isnan(value) for value in (*ours.values, *theirs.values))
     if failed:
         return f"the harness failed on {failed} items, which have no score"

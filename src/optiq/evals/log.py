@@ -17,7 +17,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from pydantic import TypeAdapter, ValidationError
+
 from optiq.artifacts import EvalLog, write_atomic
+from optiq.configs import EvalConfig
 from optiq.errors import ArtifactMismatch, UsageError
 from optiq.evals.task import Item, Prompt, Response, Score, ToolCall
 
@@ -158,6 +161,22 @@ def read_headers(folder: Path) -> dict[str, EvalLog]:
         if path.with_suffix(".jsonl").is_file():
             found[path.stem] = EvalLog.load(path)
     return found
+
+
+def config_of(header: EvalLog, folder: Path) -> EvalConfig:
+    """The options of a run, from the header of its log.
+
+    Raises:
+        ArtifactMismatch: if they are not of this version of optiq.
+    """
+    try:
+        return TypeAdapter(EvalConfig).validate_python(header.options)
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"]
+        raise ArtifactMismatch(
+            f"the options in {header_path(folder, header.task)} are not of this version of optiq "
+            f"({reason}); run the benchmark again"
+        ) from None
 
 
 def read_records(path: Path) -> list[ItemRecord]:

@@ -9,8 +9,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pydantic import TypeAdapter, ValidationError
-
 from optiq.artifacts import EvalLog, SubjectInfo, write_atomic
 from optiq.configs import EvalConfig, RunConfig
 from optiq.data.benchmarks import BenchmarkData
@@ -19,6 +17,7 @@ from optiq.evals.exact import from_file
 from optiq.evals.log import (
     ItemRecord,
     RunLog,
+    config_of,
     header_path,
     items_hash,
     read_headers,
@@ -283,7 +282,7 @@ def rescore(
     if not headers:
         raise UsageError(f"{folder} has no finished log; run optiq eval first")
     configs = {
-        name: dataclasses.replace(_config(header, folder), allow_code_execution=allowed)
+        name: dataclasses.replace(config_of(header, folder), allow_code_execution=allowed)
         for name, header in headers.items()
     }
     for name, old in configs.items():
@@ -293,17 +292,6 @@ def rescore(
         _rescore(folder, header, configs[name], data, emit)
     subject = next(iter(headers.values())).subject
     return Evaluation(write_report(folder, subject), folder)
-
-
-def _config(header: EvalLog, folder: Path) -> EvalConfig:
-    try:
-        return TypeAdapter(EvalConfig).validate_python(header.options)
-    except ValidationError as error:
-        reason = error.errors()[0]["msg"]
-        raise ArtifactMismatch(
-            f"the options in {header_path(folder, header.task)} are not of this version of optiq "
-            f"({reason}); run the benchmark again"
-        ) from None
 
 
 def _rescore(

@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,21 +28,31 @@ class Scores:
         version: version and variant; scores of two versions are not compared.
         ids: of the items, none twice.
         values: 0 to 1; NaN where the harness failed.
+        prompts: hashes of what the items were asked with, the most tokens of an answer included;
+            empty where they are not known, as of responses from elsewhere.
     """
 
     task: str
     version: str
     ids: tuple[str, ...]
     values: tuple[float, ...]
+    prompts: frozenset[str] = frozenset()
 
     @classmethod
-    def of(cls, task: str, version: str, samples: Iterable[tuple[str, float | None]]) -> Scores:
+    def of(
+        cls,
+        task: str,
+        version: str,
+        samples: Iterable[tuple[str, float | None]],
+        prompts: Iterable[str] = (),
+    ) -> Scores:
         """Scores of samples: several of one item, as of several seeds, are averaged first.
 
         Args:
             task: name of the benchmark.
             version: version and variant.
             samples: id and score of every response; None where the harness failed.
+            prompts: hashes of the prompts; none if they are not known.
 
         Raises:
             UsageError: for a score outside 0..1.
@@ -56,7 +66,7 @@ class Scores:
                 )
             by_id.setdefault(name, []).append(math.nan if score is None else float(score))
         means = tuple(math.fsum(scores) / len(scores) for scores in by_id.values())
-        return cls(task, version, tuple(by_id), means)
+        return cls(task, version, tuple(by_id), means, frozenset(prompts))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,10 +138,7 @@ def read_evaluated(path: Path, tasks: Iterable[str] = ()) -> Evaluated:
     return Evaluated(
         name=str(report.get("model") or folder.name),
         size_bytes=size_bytes if type(size_bytes) is int else None,
-        scores={
-            task: Scores.of(task, _version(found[task], task, folder), _samples(folder, task))
-            for task in chosen
-        },
+        scores={task: _scores(found[task], task, folder) for task in chosen},
     )
 
 
@@ -142,8 +149,28 @@ def _version(entry: object, task: str, folder: Path) -> str:
     return version
 
 
-def _samples(folder: Path, task: str) -> Iterator[tuple[str, float | None]]:
-    """Id and score of every response of a log."""
+def _scores(entry: object, task: str, folder: Path) -> Scores:
+    """Scores of a benchmark, from its entry in the report and its log."""
+    rows = list(_responses(folder, task))
+    prompts = {row.prompt for row in rows}
+    return Scores.of(
+        task,
+        _version(entry, task, folder),
+        [(row.id, row.score) for row in rows],
+        () if "" in prompts else prompts,
+    )
+
+
+class _Response(NamedTuple):
+    """What a line of a log says of an item."""
+
+    id: str
+    score: float | None
+    prompt: str
+
+
+def _responses(folder: Path, task: str) -> Iterator[_Response]:
+    """The lines of a log."""
     path = folder / f"{task}.jsonl"
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
@@ -154,14 +181,14 @@ def _samples(folder: Path, task: str) -> Iterator[tuple[str, float | None]]:
             continue
         try:
             row = json.loads(line)
-            name, score = row["id"], row["score"]
-        except (ValueError, KeyError, TypeError):
+            name, score, prompt = row["id"], row["score"], row.get("prompt")
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise UsageError(
                 f"{path}, line {number} is no response with 'id' and 'score'; evaluate again"
             ) from None
         if score is not None and not isinstance(score, int | float):
             raise UsageError(f"{path}, line {number} has the score {score!r}; it must be a number")
-        yield str(name), None if score is None else float(score)
+        yield _Response(str(name), None if score is None else float(score), str(prompt or ""))
 
 
 def _object(path: Path) -> dict[str, Any]:

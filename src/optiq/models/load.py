@@ -194,7 +194,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """
     try:
         config = load_config(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UsageError(
             f"{path} has no config.json; give a Hugging Face model directory"
         ) from None

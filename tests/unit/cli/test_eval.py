@@ -23,7 +23,7 @@ def test_a_directory(pipeline, capsys):
     assert kwargs["run"] == RunConfig(offline=True)
     captured = capsys.readouterr()
     assert captured.out.splitlines()[0] == "DIR, 90.0 MB, 4.990 bpw"
-    assert "Capability Score 50.00" in captured.out
+    assert "Capability Score 50.00 ± 1.12 over 1,164 items" in captured.out
     assert "humaneval: pass@1 50.00, pass@5 75.00" in captured.out
     assert "46.9 to 53.1" in captured.out
     assert "LOGS" in captured.err

@@ -155,6 +155,21 @@ def test_other_versions_items_and_failures_are_named():
     assert found.reason.endswith("and 1 more")
 
 
+def test_other_prompts_are_another_question():
+    ours, theirs = (Evaluated(name, GB, {"t": asked(name)}) for name in ("short", "long"))
+    found = compare(ours, theirs)
+    assert found.verdict == "not_comparable"
+    assert found.reason == "t: the prompts, or the most tokens of an answer, differ"
+    unknown = Evaluated("b", GB, {"t": dataclasses.replace(asked("long"), prompts=frozenset())})
+    for one, other in ((ours, ours), (ours, unknown), (unknown, ours)):
+        assert compare(one, other).overall is not None
+
+
+def asked(prompt):
+    """Scores of items that were all asked with a prompt."""
+    return Scores.of("t", "1", [("0", 1.0), ("1", 0.0)], [prompt])
+
+
 def test_nothing_in_common():
     found = compare(evaluated(), evaluated("b"))
     assert (found.verdict, found.reason) == ("not_comparable", "there is no benchmark to compare")

@@ -18,6 +18,17 @@ def test_logs_of_a_folder_and_of_a_model_directory(tmp_path):
     assert set(read_evaluated(folder, ["own"]).scores) == {"own"}
 
 
+def test_prompts_count_only_where_all_are_known(tmp_path):
+    folder = write_logs(tmp_path, {"t": [1, 0]})
+    assert read_evaluated(folder).scores["t"].prompts == frozenset()
+    rows = [{"id": str(n), "score": 0, "prompt": hashed} for n, hashed in enumerate("ab")]
+    (folder / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert read_evaluated(folder).scores["t"].prompts == {"a", "b"}
+    rows[1]["prompt"] = ""
+    (folder / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert read_evaluated(folder).scores["t"].prompts == frozenset()
+
+
 def test_bytes_that_are_not_known(tmp_path):
     assert read_evaluated(write_logs(tmp_path, {"t": [1]}, size_bytes=None)).size_bytes is None
 

@@ -419,7 +419,8 @@ def test_special_tokens_come_back_by_role(tmp_path):
     assert tokenizer.eos_token == SPECIALS[2]
     assert tokenizer.pad_token == SPECIALS[3]
     assert tokenizer.eos_token_ids == {258}
-    assert tokenizer.model_max_length == 512
+    config = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert config["model_max_length"] == 512
     generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert generation == {"bos_token_id": 256, "eos_token_id": 258, "pad_token_id": 259}
     config = json.loads((tmp_path / "out" / "config.json").read_text())

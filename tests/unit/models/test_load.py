@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -756,6 +757,10 @@ def test_a_quantized_directory_that_does_not_exist(tmp_path):
     refuse_quantized(tmp_path / "gone", "has no config.json")
 
 
+def test_a_file_where_a_quantized_directory_should_be(quantized_copy):
+    refuse_quantized(quantized_copy / "config.json", "config.json has no config.json; give a")
+
+
 @pytest.mark.parametrize("place", ["default", "matrix"])
 def test_another_mode_than_affine(quantized_copy, place):
     config = json.loads((quantized_copy / "config.json").read_text())["quantization"]
@@ -798,3 +803,11 @@ def test_scales_of_a_matrix_that_the_model_has_not(quantized_copy):
 def test_sources_can_be_copied_with_changes(tiny_source):
     other = dataclasses.replace(tiny_source, tokenizer_path=Path("/elsewhere"))
     assert same(other.weights(), tiny_source.weights())
+
+
+def test_a_text_beyond_the_context_is_tokenized_without_a_word(folder, caplog, monkeypatch):
+    edit_json(folder / "tokenizer_config.json", model_max_length=8)
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    tokenizer = load.load_tokenizer(folder, {})
+    assert len(tokenizer.encode("one two three " * 100)) > 100
+    assert not caplog.records

@@ -98,7 +98,7 @@ class LocalModel:
         template = tokenizer.chat_template if self.has_template else None
         return SubjectInfo(
             kind="local",
-            name=str(self._path),
+            name=self._path.resolve().name,  # logs are published: no places of this machine
             fingerprint=fingerprint(self._path),
             size_bytes=size_on_disk(self._path),
             bpw=self._bpw(),

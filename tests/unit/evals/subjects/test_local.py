@@ -208,6 +208,7 @@ def test_what_a_log_tells_of_a_model(tiny_llama, tmp_path):
         "greedy",
         "off",
     )
+    assert info.name == tiny_llama.name
     assert info.stop == ("<|im_end|>",)
     assert info.bpw == 16.0
     path = tmp_path / "bare"

@@ -73,6 +73,7 @@ def test_the_rival_of_a_model_of_ours(tmp_path):
     )
     rival = pipeline.rival_of(made.path, work)
     assert rival == pipeline.rival_of(made.path, work)
+    assert rival.name == "uniform-5bit-g128"
     sizes = [(p / "model.safetensors").stat().st_size for p in (made.path, rival)]
     assert sizes[0] <= sizes[1] < 1.2 * sizes[0]
     info = open_subject(made.path, EvalConfig(), ServedConfig(), work).info
