@@ -6,6 +6,7 @@ import optiq  # isort: skip  before mlx, so that its BLAS is the one in use
 
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from optiq import pipeline
@@ -19,6 +20,9 @@ from tests.tiny import tiny_checkpoint
 SHARED = Path(__file__).parents[1].parent / "shared"
 
 __all__ = ["optiq"]
+
+hypothesis.settings.register_profile("optiq", deadline=None)  # a busy machine is no fault
+hypothesis.settings.load_profile("optiq")
 
 
 @pytest.fixture(scope="session")

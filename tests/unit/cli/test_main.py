@@ -1,9 +1,9 @@
 """Start-up, exit statuses and messages of the command line."""
 
 import errno
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,13 +17,14 @@ HEAVY = ("mlx", "mlx_lm", "pydantic", "rich", "huggingface_hub", "numpy", "scipy
 
 @pytest.mark.parametrize("words", [["--help"], ["-h"], ["--version"]])
 def test_start_is_fast(words):
-    """Three tries, because the machine may be busy; the program itself takes 0.1 s."""
+    """Processor time, because the machine may be busy, and three tries; the program takes 0.1 s."""
     times = []
     for _ in range(3):
-        start = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         code = f"import sys; from optiq.cli.main import run; sys.exit(run({words!r}))"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
-        times.append(time.perf_counter() - start)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
         assert done.returncode == 0
     assert min(times) < 0.3
 

@@ -165,9 +165,9 @@ def test_plan_is_fast(tmp_path):
     """One measurement of a small model; the whole command, without start-up."""
     path = tmp_path / "s.json"
     make_sensitivity().save(path)
-    start = time.perf_counter()
+    start = time.process_time()
     assert run(["plan", str(path)]) == 0
-    assert time.perf_counter() - start < 1.0
+    assert time.process_time() - start < 1.0
 
 
 @pytest.mark.usefixtures("pipeline")

@@ -148,10 +148,10 @@ def test_large_table_in_a_second():
     table = random_table([*modules, *extra], 5)
     assert len(table.modules) == 328
     assert {len(m.scores) for m in table.modules} == {19}
-    start = time.perf_counter()
+    start = time.process_time()
     plan = allocate(table, AllocateConfig(target_bpw=4.5))
     points = pareto(table, AllocateConfig())
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
     assert plan.gap < 1e-3
     assert len(points) > 20
 
