@@ -507,7 +507,7 @@ def test_what_is_refused_is_named(key):
     "key",
     [
         *MessagesBody.refused,
-        *(MessagesBody.model_fields.keys() - {"model", "max_tokens", "messages"}),
+        *sorted(MessagesBody.model_fields.keys() - {"model", "max_tokens", "messages"}),
     ],
 )
 def test_null_is_not_given(key):
