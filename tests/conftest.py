@@ -7,6 +7,7 @@ import optiq  # isort: skip  before mlx, so that its BLAS is the one in use
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from optiq import pipeline
 from optiq.configs import AllocateConfig, JudgeConfig, MeasureConfig, RunConfig
@@ -19,6 +20,10 @@ from tests.tiny import tiny_checkpoint
 SHARED = Path(__file__).parents[1].parent / "shared"
 
 __all__ = ["optiq"]
+
+# no law fails because the machine is busy
+settings.register_profile("any speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any speed")
 
 
 @pytest.fixture(scope="session")
