@@ -171,7 +171,7 @@ def total(values: dict[str, float], name: str) -> float:
 
 
 def start_server(args: argparse.Namespace) -> tuple[subprocess.Popen[str], str]:
-    options = ["--port", "0", "--max-queue", str(args.max_queue)]
+    options = ["--port", "0", "--max-queue", str(args.max_queue), "--cache-limit", "64MB"]
     command = [OPTIQ, "serve", "--model", args.model, *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout
