@@ -601,6 +601,10 @@ def load(
     """
     folder, options = Path(path), options or EngineOptions()
     opened = open_target(
-        folder, memory_limit=options.memory_limit, image_mask=options.image_mask, emit=emit
+        folder,
+        memory_limit=options.memory_limit,
+        image_mask=options.image_mask,
+        kv_bits=options.kv_bits,
+        emit=emit,
     )
     return Engine(folder, opened, drafter, options)
