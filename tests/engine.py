@@ -71,7 +71,7 @@ def tiny_target(
     """
     config = normalized(CONFIGS[kind])
     if wide or kv_bits:
-        config |= {name: size for name, size in _WIDE.items() if name in config}
+        config = config | {n: size for n, size in _WIDE.items() if n in config}
     weights = {
         name: value.astype(mx.float32) * (scale if "embed" in name and value.ndim > 1 else 1)
         for name, value in tiny_weights(config, seed).items()
