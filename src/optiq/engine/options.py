@@ -13,7 +13,8 @@ from optiq.engine.store import Storage
 from optiq.errors import UsageError
 from optiq.models.families.gemma4 import ImageMask
 
-_KV_SHARE = 0.45  # pasts are held twice while they are put side by side
+KV_SHARE = 0.45
+"""Of the memory that is left, for pasts: they are held twice while they are put side by side."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +61,6 @@ class EngineOptions:
 
     def storage(self) -> Storage:
         """What the loop may keep; memory that is not given is measured."""
-        kv = int(_KV_SHARE * memory_left()) if self.kv_memory is None else self.kv_memory
+        kv = int(KV_SHARE * memory_left()) if self.kv_memory is None else self.kv_memory
         prefix = kv // 2 if self.prefix_memory is None else self.prefix_memory
         return Storage(max(0, (self.sliding_keys or 0) - 1), kv, prefix)
