@@ -58,11 +58,20 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 """Kind of past -> config of a model that has it."""
 
+_WIDE = {"hidden_size": 64, "block_dim": 64, "head_dim": 32}  # heads that can be quantized
+
 
 @functools.cache
-def tiny_target(kind: str, seed: int = 0, scale: float = 1.0) -> Target:
-    """A random model; `scale` multiplies its embeddings, so that its choices are clearer."""
+def tiny_target(
+    kind: str, seed: int = 0, scale: float = 1.0, *, kv_bits: int | None = None, wide: bool = False
+) -> Target:
+    """A random model; `scale` multiplies its embeddings, so that its choices are clearer.
+
+    With `kv_bits`, or if it is `wide`, its heads are wide enough for those.
+    """
     config = normalized(CONFIGS[kind])
+    if wide or kv_bits:
+        config = config | {n: size for n, size in _WIDE.items() if n in config}
     weights = {
         name: value.astype(mx.float32) * (scale if "embed" in name and value.ndim > 1 else 1)
         for name, value in tiny_weights(config, seed).items()
@@ -72,8 +81,8 @@ def tiny_target(kind: str, seed: int = 0, scale: float = 1.0) -> Target:
     model.set_dtype(mx.float32)
     mx.eval(model.parameters())
     if kind == "shared":
-        return Gemma4Target(Gemma4(model, config))
-    return TreeTarget(model, VOCAB)
+        return Gemma4Target(Gemma4(model, config), kv_bits)
+    return TreeTarget(model, VOCAB, kv_bits)
 
 
 def uncached(target: Target, tokens: Sequence[int]) -> mx.array:

@@ -17,6 +17,9 @@ from optiq.errors import UsageError
 
 Effort = Literal["quick", "standard", "thorough"]
 
+KV_BITS = (8, 4)
+"""Bits that keys and values can be held in."""
+
 _UNITS = {
     "": 1,
     "b": 1,
@@ -403,6 +406,11 @@ class ServeConfig:
     cache_limit: str | None = option(
         None, "Memory of kept prompts at most, e.g. 2GB; default: by what is free.", metavar="SIZE"
     )
+    kv_bits: int | None = option(
+        None,
+        "Bits of keys and values in layers of full attention; default: the model's own type.",
+        metavar="8|4",
+    )
     idle_unload: float | None = option(
         None, "Seconds without a request after which a model leaves the memory; default: never."
     )
@@ -415,6 +423,8 @@ class ServeConfig:
             _positive(getattr(self, name), "--" + name.replace("_", "-"))
         if not (math.isfinite(self.drain) and self.drain >= 0):
             raise UsageError(f"--drain must be a number of seconds, not {self.drain}")
+        if self.kv_bits not in (None, *KV_BITS):
+            raise UsageError(f"--kv-bits is {self.kv_bits}; give 8 or 4")
         if not 0 <= self.port <= 65535:
             raise UsageError(f"--port must be 0 to 65535, not {self.port}")
         if self.num_drafts != "auto" and not self.num_drafts.isdecimal():

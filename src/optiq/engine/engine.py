@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import threading
-import weakref
-from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard, cast
 
@@ -15,16 +12,8 @@ import numpy as np
 from optiq.backend import mx
 from optiq.engine.asking import Asked
 from optiq.engine.drafters import Drafter, Pairing, open_drafter
-from optiq.engine.events import (
-    Answer,
-    Event,
-    Finished,
-    FinishReason,
-    TokenLogprob,
-    ToolCallDone,
-    Usage,
-    collect,
-)
+from optiq.engine.events import TokenLogprob
+from optiq.engine.generation import Generation, Result, Writing
 from optiq.engine.grammar import Grammar
 from optiq.engine.grammar.planner import Planner, ToolChoice
 from optiq.engine.loading import Opened, open_target
@@ -32,13 +21,11 @@ from optiq.engine.loop import Loop
 from optiq.engine.messages import ChatOptions, Message, Tool
 from optiq.engine.options import EngineOptions
 from optiq.engine.output import OutputFormat
-from optiq.engine.pace import DraftReport
 from optiq.engine.prompts import Prompt, Prompts
 from optiq.engine.reading import drained, embedded, scored, states_of
 from optiq.engine.requests import Request
 from optiq.engine.sampling import MAX_TOP_LOGPROBS, Sampling
-from optiq.engine.sequence import SequenceState
-from optiq.errors import ContextExceeded, EngineFailure, OptiqError, UsageError
+from optiq.errors import ContextExceeded, UsageError
 from optiq.events import Emit, no_emit
 from optiq.models.generation import read_generation
 from optiq.models.load import context_length, load_tokenizer
@@ -49,109 +36,6 @@ from optiq.upstream import TokenizerWrapper
 __all__ = ["Engine", "EngineOptions", "Generation", "Result", "load"]
 
 _NO_CONTEXT = 1 << 20
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """A finished answer.
-
-    Attributes:
-        text: of the answer.
-        reasoning: text of the thinking before it.
-        tool_calls: calls in it, in order.
-        token_ids: all that were drawn, a stop token among them.
-        finish_reason: why it ended.
-        stop: the stop string that ended it, if one did.
-        usage: counts of tokens.
-        logprobs: one a token, where they were asked for.
-        acceptance: what the drafter was good for; None without one.
-    """
-
-    text: str
-    reasoning: str
-    tool_calls: tuple[ToolCallDone, ...]
-    token_ids: tuple[int, ...]
-    finish_reason: FinishReason
-    stop: str | None
-    usage: Usage
-    logprobs: tuple[TokenLogprob, ...]
-    acceptance: DraftReport | None
-
-
-class Generation:
-    """An answer that is being written: iterate over its events, or take the `result`."""
-
-    def __init__(self, engine: Engine, sequence: SequenceState) -> None:
-        self._engine, self._sequence = engine, sequence
-        self._seen: list[Event] = []
-        weakref.finalize(self, engine._abandoned.append, sequence)  # noqa: SLF001  its own engine
-
-    def __iter__(self) -> Iterator[Event]:
-        return self
-
-    def __next__(self) -> Event:
-        """The next event; the model runs until there is one.
-
-        Raises:
-            EngineFailure: if the machine fails, or optiq does.
-        """
-        event = self._engine._next(self._sequence)  # noqa: SLF001
-        if event is None:
-            raise StopIteration
-        self._seen.append(event)
-        return event
-
-    def pending(self) -> list[Event]:
-        """Events that are there already, in order; for who calls `Engine.step` himself.
-
-        Raises:
-            EngineFailure: if the machine fails, or optiq does.
-        """
-        events = self._engine._pending(self._sequence)  # noqa: SLF001
-        self._seen += events
-        return events
-
-    @property
-    def prompt(self) -> tuple[int, ...]:
-        """Tokens of the prompt, one for each soft token of an image."""
-        return self._sequence.request.tokens
-
-    @property
-    def done(self) -> bool:
-        """Whether no more is written; there may be events that were not taken."""
-        return self._sequence.done
-
-    def cancel(self) -> None:
-        """Write no more; the last event says `cancelled`."""
-        self._engine._cancel(self._sequence)  # noqa: SLF001
-
-    @property
-    def acceptance(self) -> DraftReport | None:
-        """What the drafter was good for so far; None without one."""
-        return self._sequence.report
-
-    def result(self) -> Result:
-        """Everything, when it has ended.
-
-        Raises:
-            EngineFailure: if the machine fails, or optiq does.
-        """
-        for _ in self:
-            pass
-        answer: Answer = collect(self._seen)
-        finish = answer.finish
-        assert isinstance(finish, Finished)
-        return Result(
-            text=answer.text,
-            reasoning=answer.reasoning,
-            tool_calls=tuple(answer.tool_calls),
-            token_ids=tuple(answer.token_ids),
-            finish_reason=finish.reason,
-            stop=finish.stop,
-            usage=finish.usage,
-            logprobs=tuple(answer.logprobs),
-            acceptance=self.acceptance,
-        )
 
 
 class Engine:
@@ -206,8 +90,8 @@ class Engine:
             self._options.limits,
             self._options.storage(),
         )
-        self._lock = threading.RLock()
-        self._abandoned: deque[SequenceState] = deque()
+        self._writing = Writing(self._loop)
+        self._lock = self._writing.lock
 
     # -- writing ---------------------------------------------------------------------------------
 
@@ -331,10 +215,7 @@ class Engine:
             self._output.parser(stop=settings.stop, tools=tools, prompt=read.tokens, raw=raw)
             for _ in requests
         ]
-        with self._lock:
-            self._clear()
-            begun = self._loop.add_choices(requests, parsers)
-            return [Generation(self, sequence) for sequence in begun]
+        return self._writing.begin(requests, parsers)
 
     def _read(self, asked: Asked) -> tuple[bool, Prompt]:
         """A prompt of any kind as tokens, and whether it is none of messages."""
@@ -385,18 +266,6 @@ class Engine:
             )
         return fits
 
-    def _next(self, sequence: SequenceState) -> Event | None:
-        """The next event of a sequence; steps of the loop are run until there is one."""
-        with self._lock:
-            while not sequence.events and not sequence.done:
-                self._clear()
-                self._loop.step()
-            if sequence.events:
-                return sequence.events.popleft()
-            if sequence.error is not None:
-                raise _failure(sequence)
-            return None
-
     @property
     def vocab_size(self) -> int:
         """Number of token ids."""
@@ -410,35 +279,14 @@ class Engine:
     @property
     def idle(self) -> bool:
         """Whether every answer that was begun has ended."""
-        with self._lock:
-            self._clear()
-            return self._loop.idle
+        return self._writing.idle
 
     def step(self) -> None:
         """Run one step for all answers that are being written; their events are then pending.
 
         What fails for one answer ends that answer. Whoever iterates over answers needs no steps.
         """
-        with self._lock:
-            self._clear()
-            self._loop.step()
-
-    def _pending(self, sequence: SequenceState) -> list[Event]:
-        with self._lock:
-            events = list(sequence.events)
-            sequence.events.clear()
-            if not events and sequence.error is not None:
-                raise _failure(sequence)
-            return events
-
-    def _cancel(self, sequence: SequenceState) -> None:
-        with self._lock:
-            self._loop.cancel(sequence)
-
-    def _clear(self) -> None:
-        """Cancel answers that nobody holds any more."""
-        while self._abandoned:
-            self._loop.cancel(self._abandoned.popleft())
+        self._writing.step()
 
     # -- logits ----------------------------------------------------------------------------------
 
@@ -574,17 +422,6 @@ def _is_ids(prompt: Sequence[Any]) -> TypeGuard[Sequence[int]]:
     return bool(prompt) and all(type(token) is int for token in prompt)
 
 
-def _failure(sequence: SequenceState) -> OptiqError:
-    """What ended a sequence, as an error of ours."""
-    if isinstance(sequence.error, OptiqError):
-        return sequence.error
-    failure = EngineFailure(
-        f"the engine failed at token {len(sequence.tokens)} ({sequence.error!r})"
-    )
-    failure.__cause__ = sequence.error
-    return failure
-
-
 def load(
     path: str | Path,
     drafter: str | Path | None = None,
@@ -606,6 +443,10 @@ def load(
     """
     folder, options = Path(path), options or EngineOptions()
     opened = open_target(
-        folder, memory_limit=options.memory_limit, image_mask=options.image_mask, emit=emit
+        folder,
+        memory_limit=options.memory_limit,
+        image_mask=options.image_mask,
+        kv_bits=options.kv_bits,
+        emit=emit,
     )
     return Engine(folder, opened, drafter, options)

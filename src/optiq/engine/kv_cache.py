@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from optiq.backend import mx
+from optiq.engine.kv_coding import PLAIN, Coding, Columns, coding_of
 from optiq.errors import EngineFailure, UnsupportedModel
 from optiq.upstream import ArraysCache, CacheList, KVCache, RotatingKVCache
 
@@ -32,16 +33,17 @@ class KeyValueCache:
     Args:
         window: tokens that a query sees, itself included; None for all.
         slack: tokens that can be taken back at a time where there is a window.
+        coding: how keys and values are held.
 
     Attributes:
         lengths: tokens taken in, by sequence.
+        held: arrays of the coding; none while nothing was taken in.
     """
 
-    def __init__(self, window: int | None = None, slack: int = 0) -> None:
-        self.window, self.slack = window, slack
+    def __init__(self, window: int | None = None, slack: int = 0, coding: Coding = PLAIN) -> None:
+        self.window, self.slack, self.coding = window, slack, coding
         self.lengths = [0]
-        self.keys: mx.array | None = None
-        self.values: mx.array | None = None
+        self.held: Columns = ()
         self._end = 0
         self._seen = 0
 
@@ -64,21 +66,17 @@ class KeyValueCache:
         """
         count = keys.shape[2]
         self._seen = self._visible() + count
-        self._make_room(keys, values)
-        assert self.keys is not None
-        assert self.values is not None
-        self.keys[:, :, self._end : self._end + count] = keys
-        self.values[:, :, self._end : self._end + count] = values
+        new = self.coding.encoded(keys, values)
+        self._make_room(new)
+        for array, columns in zip(self.held, new, strict=True):
+            array[:, :, self._end : self._end + count] = columns
         self._end += count
         self.lengths = [length + count for length in self.lengths]
         return self.keys_and_values()
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
         """What the last call of `update_and_fetch` returned."""
-        assert self.keys is not None
-        assert self.values is not None
-        span = slice(self._end - self._seen, self._end)
-        return self.keys[:, :, span], self.values[:, :, span]
+        return self.coding.decoded(self._columns(self._end - self._seen, self._end))
 
     def make_mask(
         self, N: int, window_size: int | None = None, return_array: bool = False
@@ -116,31 +114,26 @@ class KeyValueCache:
         """Empty columns by sequence among the last `past`."""
         return [max(0, past - length) for length in self.lengths]
 
-    def _make_room(self, keys: mx.array, values: mx.array) -> None:
-        count = keys.shape[2]
-        held = 0 if self.keys is None else self.keys.shape[2]
-        if self._end + count <= held:
+    def _columns(self, start: int, stop: int) -> Columns:
+        return tuple(x[:, :, start:stop] for x in self.held)
+
+    def _make_room(self, new: Columns) -> None:
+        count = new[0].shape[2]
+        room = self.held[0].shape[2] if self.held else 0
+        if self._end + count <= room:
             return
         kept = self._most
         room = kept + count + max(ROOM, kept // FULL_ROOM if self.window is None else 0)
-        self.keys = self._moved(self.keys, keys, kept, room)
-        self.values = self._moved(self.values, values, kept, room)
+        old = self._columns(self._end - kept, self._end) or (None,) * len(new)
+        self.held = tuple(_moved(*pair, room) for pair in zip(old, new, strict=True))
         self._end = kept
-
-    def _moved(self, old: mx.array | None, new: mx.array, kept: int, room: int) -> mx.array:
-        """The last columns in a larger array."""
-        batch, heads, _, dim = new.shape
-        if old is None or not kept:
-            return mx.zeros((batch, heads, room, dim), new.dtype)
-        fresh = mx.zeros((batch, heads, room - kept, dim), new.dtype)
-        return mx.concatenate([old[:, :, self._end - kept : self._end], fresh], axis=2)
 
     # -- what the engine asks for ----------------------------------------------------------------
 
     @property
     def nbytes(self) -> int:
         """Bytes of the arrays."""
-        return sum(x.nbytes for x in (self.keys, self.values) if x is not None)
+        return sum(x.nbytes for x in self.held)
 
     def last(self, count: int | None) -> tuple[mx.array, mx.array]:
         """The last keys and values of one sequence, oldest first.
@@ -151,46 +144,48 @@ class KeyValueCache:
         Raises:
             EngineFailure: if they are no longer there.
         """
+        return self.coding.decoded(self.last_held(count))
+
+    def last_held(self, count: int | None) -> Columns:
+        """What is held of the tokens of `last`.
+
+        Raises:
+            EngineFailure: if they are no longer there.
+        """
         (length,) = self.lengths
         wanted = length if count is None else min(count, length)
-        if wanted > self._end or self.keys is None or self.values is None:
+        if wanted > self._end or not self.held:
             raise EngineFailure(
                 f"the cache keeps {self._end} of {length} tokens, fewer than the {wanted} that are "
                 "needed; make it with more slack"
             )
-        span = slice(self._end - wanted, self._end)
-        return self.keys[:, :, span], self.values[:, :, span]
+        return self._columns(self._end - wanted, self._end)
 
-    def piece(self, start: int, stop: int) -> tuple[mx.array, mx.array]:
-        """Copies of the keys and values of some tokens of one sequence, and of no others."""
-        span = slice(*(self._end - self.lengths[0] + at for at in (start, stop)))
-        assert self.keys is not None
-        assert self.values is not None
-        return mx.contiguous(self.keys[:, :, span]), mx.contiguous(self.values[:, :, span])
+    def piece(self, start: int, stop: int) -> Columns:
+        """Copies of what is held of some tokens of one sequence, and of no others."""
+        first = self._end - self.lengths[0]
+        return tuple(mx.contiguous(x) for x in self._columns(first + start, first + stop))
 
-    def fill(self, pieces: Sequence[tuple[mx.array, mx.array]], length: int) -> None:
+    def fill(self, pieces: Sequence[Columns], length: int) -> None:
         """Take the last tokens of a text of this length, which are copied; the cache is empty."""
-        self._end = sum(keys.shape[2] for keys, _ in pieces)
-        self.keys, self.values = (
-            _padded(mx.concatenate(list(side), axis=2), self._end, ROOM)
-            for side in zip(*pieces, strict=True)
+        self._end = sum(piece[0].shape[2] for piece in pieces)
+        self.held = tuple(
+            _padded(mx.concatenate(list(part), axis=2), self._end, ROOM)
+            for part in zip(*pieces, strict=True)
         )
         self.lengths = [length]
 
     @property
     def column_bytes(self) -> int:
         """Bytes of a token of one sequence; 0 while nothing was taken in."""
-        sides = [x for x in (self.keys, self.values) if x is not None]
-        return sum(x.shape[1] * x.shape[3] * x.itemsize for x in sides)
+        return sum(x.shape[1] * x.shape[3] * x.itemsize for x in self.held)
 
     def fork(self) -> KeyValueCache:
         """The same past for another sequence; arrays are shared until one is written."""
-        out = KeyValueCache(self.window, self.slack)
+        out = KeyValueCache(self.window, self.slack, self.coding)
         out.lengths, out._end, out._seen = list(self.lengths), self._end, self._seen
         # MLX writes into arrays in place: another handle keeps what is there now
-        out.keys, out.values = (
-            None if x is None else mx.array(x) for x in (self.keys, self.values)
-        )
+        out.held = tuple(mx.array(x) for x in self.held)
         return out
 
     def trim(self, counts: Sequence[int]) -> None:
@@ -213,23 +208,19 @@ class KeyValueCache:
                 )
         self.lengths = [n - count for n, count in zip(self.lengths, counts, strict=True)]
         self._end -= least
-        if most > least and self.keys is not None and self.values is not None:
+        if most > least:
             # every sequence must end at the same column
             back = mx.array(list(counts))[:, None] - least
             column = mx.maximum(mx.arange(self._end)[None] - back, 0)[:, None, :, None]
-            self.keys = mx.take_along_axis(self.keys, column, axis=2)
-            self.values = mx.take_along_axis(self.values, column, axis=2)
+            self.held = tuple(mx.take_along_axis(x, column, axis=2) for x in self.held)
 
     def row(self, index: int) -> KeyValueCache:
         """One sequence as a cache of its own."""
-        out = KeyValueCache(self.window, self.slack)
+        out = KeyValueCache(self.window, self.slack, self.coding)
         out.lengths = [self.lengths[index]]
-        if self.keys is not None and self.values is not None:
-            kept = min(self.lengths[index], self._most)
-            span = slice(self._end - kept, self._end)
-            out.keys = self.keys[index : index + 1, :, span]
-            out.values = self.values[index : index + 1, :, span]
-            out._end = kept
+        out._end = min(self.lengths[index], self._most)
+        columns = self._columns(self._end - out._end, self._end)
+        out.held = tuple(x[index : index + 1] for x in columns)
         return out
 
     @property
@@ -246,16 +237,15 @@ class KeyValueCache:
     def join(cls, caches: Sequence[KeyValueCache]) -> KeyValueCache:
         """Caches of single sequences, none of them empty, side by side."""
         first = caches[0]
-        out = cls(first.window, first.slack)
+        out = cls(first.window, first.slack, first.coding)
         kept = [cache.num_kept for cache in caches]
         out.lengths = [cache.lengths[0] for cache in caches]
         out._end = max(kept)
-        pairs = [cache.last(count) for cache, count in zip(caches, kept, strict=True)]
-        sides = [
-            mx.concatenate([_padded(x, out._end, ROOM) for x in side])
-            for side in zip(*pairs, strict=True)
-        ]
-        out.keys, out.values = sides
+        columns = [cache.last_held(count) for cache, count in zip(caches, kept, strict=True)]
+        out.held = tuple(
+            mx.concatenate([_padded(x, out._end, ROOM) for x in part])
+            for part in zip(*columns, strict=True)
+        )
         return out
 
 
@@ -263,15 +253,24 @@ def _padded(x: mx.array, columns: int, room: int) -> mx.array:
     return mx.pad(x, [(0, 0), (0, 0), (columns - x.shape[2], room), (0, 0)])
 
 
+def _moved(old: mx.array | None, new: mx.array, room: int) -> mx.array:
+    """Columns at the beginning of a larger array, of the kind of new ones."""
+    batch, heads, _, dim = new.shape
+    kept = 0 if old is None else old.shape[2]
+    fresh = mx.zeros((batch, heads, room - kept, dim), new.dtype)
+    return fresh if old is None or not kept else mx.concatenate([old, fresh], axis=2)
+
+
 # -- kinds ---------------------------------------------------------------------------------------
 
 
-def _full(cache: Any, slack: int) -> KeyValueCache:  # noqa: ANN401  mlx-lm's caches
+def _full(cache: Any, slack: int, coding: Coding) -> KeyValueCache:  # noqa: ANN401  mlx-lm's
     del cache, slack
-    return KeyValueCache()
+    return KeyValueCache(coding=coding)
 
 
-def _sliding(cache: Any, slack: int) -> KeyValueCache:  # noqa: ANN401
+def _sliding(cache: Any, slack: int, coding: Coding) -> KeyValueCache:  # noqa: ANN401
+    del coding  # a window does not grow
     if cache.keep:
         raise UnsupportedModel(
             f"this model keeps its first {cache.keep} tokens beside a sliding window, which "
@@ -280,16 +279,16 @@ def _sliding(cache: Any, slack: int) -> KeyValueCache:  # noqa: ANN401
     return KeyValueCache(cache.max_size, slack)
 
 
-def _arrays(cache: Any, slack: int) -> Any:  # noqa: ANN401
-    del slack
+def _arrays(cache: Any, slack: int, coding: Coding) -> Any:  # noqa: ANN401
+    del slack, coding
     return cache
 
 
-def _several(cache: Any, slack: int) -> Any:  # noqa: ANN401
-    return CacheList(*(_own(part, slack) for part in cache.caches))
+def _several(cache: Any, slack: int, coding: Coding) -> Any:  # noqa: ANN401
+    return CacheList(*(_own(part, slack, coding) for part in cache.caches))
 
 
-KINDS: dict[type, Callable[[Any, int], Any]] = {
+KINDS: dict[type, Callable[[Any, int, Coding], Any]] = {
     KVCache: _full,
     RotatingKVCache: _sliding,
     ArraysCache: _arrays,
@@ -298,14 +297,14 @@ KINDS: dict[type, Callable[[Any, int], Any]] = {
 """mlx-lm's kinds -> what stands for them here."""
 
 
-def _own(cache: Any, slack: int) -> Any:  # noqa: ANN401
+def _own(cache: Any, slack: int, coding: Coding) -> Any:  # noqa: ANN401
     make = KINDS.get(type(cache))
     if make is None:
         raise UnsupportedModel(
             f"this model keeps its past in a {type(cache).__name__}, which optiq's engine does not "
             f"know; it knows {[kind.__name__ for kind in KINDS]}; run it with mlx-lm"
         )
-    return make(cache, slack)
+    return make(cache, slack, coding)
 
 
 States = list[list[mx.array | None]]
@@ -325,14 +324,17 @@ class SequenceCache:
     Args:
         layers: as a model makes them, of mlx-lm's kinds or ours.
         slack: tokens that can be taken back in sliding layers.
+        bits: of keys and values of layers without a window, 8 or 4; None for the model's own
+            type.
 
     Raises:
         UnsupportedModel: naming a kind that is not known.
     """
 
-    def __init__(self, layers: Sequence[Any], slack: int = 0) -> None:
+    def __init__(self, layers: Sequence[Any], slack: int = 0, bits: int | None = None) -> None:
+        coding = coding_of(bits)
         self.layers: list[Any] = [
-            x if isinstance(x, KeyValueCache) else _own(x, slack) for x in layers
+            x if isinstance(x, KeyValueCache) else _own(x, slack, coding) for x in layers
         ]
         self.length = 0
 
@@ -349,9 +351,8 @@ class SequenceCache:
     @property
     def arrays(self) -> list[mx.array]:
         """All arrays, to evaluate."""
-        kept = [x for leaf in self.attention for x in (leaf.keys, leaf.values)]
-        kept += [x for leaf in self.states for x in leaf.cache]
-        return [x for x in kept if x is not None]
+        kept = [x for leaf in self.attention for x in leaf.held]
+        return kept + [x for leaf in self.states for x in leaf.cache if x is not None]
 
     def _leaves(self) -> Iterator[Any]:
         for layer in self.layers:

@@ -9,7 +9,7 @@ from typing import Any
 from optiq.backend import is_cpu, is_cuda, memory_bytes, mx, nn, tree_flatten
 from optiq.configs import parse_size
 from optiq.engine.packed_linear import with_packed_linears
-from optiq.engine.target import Gemma4Target, Target, TreeTarget, vocabulary_of
+from optiq.engine.target import Gemma4Target, Target, TreeTarget, kv_note, vocabulary_of
 from optiq.errors import UsageError
 from optiq.events import Emit, Notice, no_emit
 from optiq.models.families import check_standalone, family_of
@@ -45,6 +45,7 @@ def open_target(
     *,
     memory_limit: str | None = None,
     image_mask: ImageMask | None = None,
+    kv_bits: int | None = None,
     emit: Emit = no_emit,
 ) -> Opened:
     """The model of a directory, source or artifact.
@@ -56,11 +57,13 @@ def open_target(
         path: the directory.
         memory_limit: most bytes of weights, `8GB`; default: four fifths of the memory.
         image_mask: see `Gemma4`.
-        emit: receives a notice of the form chosen.
+        kv_bits: of keys and values, see `SequenceCache`.
+        emit: receives a notice of the form chosen, and of the layers that `kv_bits` is for.
 
     Raises:
         UsageError: if it is no model, drafts for another one, or is larger than the limit.
-        UnsupportedModel: if its caches are of a kind that the engine does not know.
+        UnsupportedModel: if its caches are of a kind that the engine does not know, or `kv_bits`
+            cannot be had.
     """
     tree, config = load_tree(path)
     check_standalone(config)
@@ -69,10 +72,12 @@ def open_target(
     family = family_of(config)
     target: Target
     if family is not None and not family.drafter:
-        target = Gemma4Target(Gemma4(tree, config, image_mask))
+        target = Gemma4Target(Gemma4(tree, config, image_mask), kv_bits)
     else:
-        target = TreeTarget(tree, vocabulary_of(config))
+        target = TreeTarget(tree, vocabulary_of(config), kv_bits)
     target.make_cache()  # a kind that is not known is refused now
+    if kv_bits is not None:
+        emit(Notice(kv_note(target, kv_bits)))
     mx.eval(tree.parameters())
     return Opened(target, tree, config, _dtype(tree), _bytes(tree))
 

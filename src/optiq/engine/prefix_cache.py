@@ -19,14 +19,13 @@ import numpy as np
 
 from optiq.backend import mx
 from optiq.engine.kv_cache import SequenceCache, States
+from optiq.engine.kv_coding import Columns
 
 IMAGE_KEYS = 1 << 32
 """Keys from here on are of tokens of images, a run of equal ones for each image."""
 
 Keys = np.ndarray[tuple[int], np.dtype[np.int64]]
 """What tells tokens apart: ids, and hashes of images for their tokens."""
-
-_Sides = tuple[mx.array, mx.array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,12 +49,12 @@ class Past:
 
     Attributes:
         length: tokens of the text.
-        runs: by full layer, keys and values run by run.
+        runs: by full layer, what it holds, run by run.
         snapshot: of the other layers.
     """
 
     length: int
-    runs: Sequence[Sequence[_Sides]]
+    runs: Sequence[Sequence[Columns]]
     snapshot: _Snapshot | None
 
     def put(self, cache: SequenceCache) -> None:
@@ -76,12 +75,12 @@ class _Snapshot:
     """Layers that cannot be cut back, as they were at the end of a node."""
 
     node: _Node
-    windows: list[_Sides]
+    windows: list[Columns]
     states: States
 
     @property
     def arrays(self) -> list[mx.array]:
-        kept = [x for sides in self.windows for x in sides]
+        kept = [x for held in self.windows for x in held]
         return kept + [x for state in self.states for x in state if x is not None]
 
 
@@ -91,13 +90,13 @@ class _Node:
 
     keys: Keys
     parent: _Node | None
-    columns: list[_Sides]
+    columns: list[Columns]
     snapshot: _Snapshot | None = None
     children: dict[int, _Node] = dataclasses.field(default_factory=dict)
 
     @property
     def arrays(self) -> list[mx.array]:
-        return [x for sides in self.columns for x in sides]
+        return [x for held in self.columns for x in held]
 
 
 class PrefixCache:
@@ -194,7 +193,7 @@ class PrefixCache:
             node = child
         return path, ends
 
-    def _grow(self, parent: _Node, keys: Keys, columns: list[_Sides]) -> _Node:
+    def _grow(self, parent: _Node, keys: Keys, columns: list[Columns]) -> _Node:
         node = _Node(keys.copy(), parent, columns)
         parent.children[int(keys[0])] = node
         self._hold(node)
@@ -206,7 +205,7 @@ class PrefixCache:
         assert parent is not None
         upper = self._grow(parent, node.keys[:at], [_part(s, 0, at) for s in node.columns])
         self.nbytes -= _nbytes(node.arrays)
-        node.columns = [_part(sides, at, len(node.keys)) for sides in node.columns]
+        node.columns = [_part(held, at, len(node.keys)) for held in node.columns]
         node.keys, node.parent = node.keys[at:].copy(), upper
         mx.eval(node.arrays)
         self.nbytes += _nbytes(node.arrays)
@@ -251,20 +250,20 @@ def needs_snapshots(cache: SequenceCache) -> bool:
     return bool(cache.states) or any(leaf.window is not None for leaf in cache.attention)
 
 
-def _runs(path: Sequence[_Node], length: int) -> list[list[_Sides]]:
-    """Keys and values of the first tokens of a path, by layer and run."""
+def _runs(path: Sequence[_Node], length: int) -> list[list[Columns]]:
+    """What layers hold of the first tokens of a path, by layer and run."""
     if not path:
         return []
-    out: list[list[_Sides]] = [[] for _ in path[0].columns]
+    out: list[list[Columns]] = [[] for _ in path[0].columns]
     for node in path:
         count = min(len(node.keys), length)
         length -= count
-        for runs, (keys, values) in zip(out, node.columns, strict=True):
-            runs.append((keys[:, :, :count], values[:, :, :count]))
+        for runs, held in zip(out, node.columns, strict=True):
+            runs.append(tuple(x[:, :, :count] for x in held))
     return out
 
 
-def _columns(cache: SequenceCache, start: int, stop: int) -> list[_Sides]:
+def _columns(cache: SequenceCache, start: int, stop: int) -> list[Columns]:
     return [leaf.piece(start, stop) for leaf in cache.attention if leaf.window is None]
 
 
@@ -292,9 +291,8 @@ def _above(node: _Node) -> list[_Node]:
     return out[::-1]
 
 
-def _part(sides: _Sides, start: int, stop: int) -> _Sides:
-    keys, values = (mx.contiguous(x[:, :, start:stop]) for x in sides)
-    return keys, values
+def _part(held: Columns, start: int, stop: int) -> Columns:
+    return tuple(mx.contiguous(x[:, :, start:stop]) for x in held)
 
 
 def _last_snapshot(path: Sequence[_Node], limit: int) -> tuple[int, _Snapshot | None]:

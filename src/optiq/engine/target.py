@@ -65,16 +65,17 @@ class TreeTarget:
     Args:
         model: the module tree.
         vocab_size: logits of a token.
+        kv_bits: see `SequenceCache`.
     """
 
     image_token_id: int | None = None
 
-    def __init__(self, model: nn.Module, vocab_size: int) -> None:
-        self.model, self.vocab_size = model, vocab_size
+    def __init__(self, model: nn.Module, vocab_size: int, kv_bits: int | None = None) -> None:
+        self.model, self.vocab_size, self._kv_bits = model, vocab_size, kv_bits
 
     def make_cache(self, slack: int = 0) -> SequenceCache:
         """See `Target`."""
-        return SequenceCache(make_prompt_cache(self.model), slack)
+        return SequenceCache(make_prompt_cache(self.model), slack, self._kv_bits)
 
     def states(
         self, tokens: mx.array, cache: SequenceCache, features: mx.array | None = None
@@ -107,16 +108,17 @@ class Gemma4Target:
 
     Args:
         model: the text tower.
+        kv_bits: see `SequenceCache`.
     """
 
-    def __init__(self, model: Gemma4) -> None:
-        self.model = model
+    def __init__(self, model: Gemma4, kv_bits: int | None = None) -> None:
+        self.model, self._kv_bits = model, kv_bits
         self.vocab_size = int(model.text.vocab_size)
         self.image_token_id = model.image_token_id
 
     def make_cache(self, slack: int = 0) -> SequenceCache:
         """See `Target`."""
-        return SequenceCache(self.model.make_cache(), slack)
+        return SequenceCache(self.model.make_cache(), slack, self._kv_bits)
 
     def states(
         self, tokens: mx.array, cache: SequenceCache, features: mx.array | None = None
@@ -138,6 +140,31 @@ class Gemma4Target:
 def as_row(tokens: Sequence[int]) -> mx.array:
     """Tokens of one sequence as `states` takes them: (1, N) int32."""
     return mx.array([list(tokens)], dtype=mx.int32)
+
+
+def kv_note(target: Target, bits: int) -> str:
+    """Which layers of a model hold keys and values in so many bits, in words.
+
+    Raises:
+        UnsupportedModel: if none does, or a head cannot be held so.
+    """
+    cache = target.make_cache()
+    target.states(as_row([0]), cache)  # lazy: it tells sizes
+    full = [leaf for leaf in cache.attention if leaf.window is None]
+    if not full:
+        raise UnsupportedModel(
+            f"this model has no layer whose keys and values grow with the text, so kv_bits {bits} "
+            "would change nothing; leave it out"
+        )
+    used = sum(leaf.column_bytes for leaf in full)
+    plain = sum(side.nbytes for leaf in full for side in leaf.keys_and_values())
+    sliding, states = len(cache.attention) - len(full), len(cache.states)
+    others = [f"{kind} ({n})" for kind, n in (("sliding", sliding), ("states", states)) if n]
+    stay = f", the others as they are: {', '.join(others)}" if others else ""
+    return (
+        f"keys and values take {bits} bits in layers of full attention ({len(full)}), {used} bytes "
+        f"a token instead of {plain}{stay}"
+    )
 
 
 def vocabulary_of(config: dict[str, Any]) -> int:

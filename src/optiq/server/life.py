@@ -49,6 +49,7 @@ def options_of(config: ServeConfig) -> SupervisorOptions:
     """What the engine process and its supervisor are told."""
     engine = {
         "num_drafts": None if config.num_drafts == "auto" else int(config.num_drafts),
+        "kv_bits": config.kv_bits,
         "prefix_memory": None if config.cache_limit is None else parse_size(config.cache_limit),
     }
     worker = WorkerOptions(

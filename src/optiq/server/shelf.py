@@ -1,23 +1,26 @@
 """The models of the engine process: described from their files, loaded when they are asked for.
 
 Only the thread that owns MLX uses it. Together the weights stay below a limit: the model that was
-used longest ago and does nothing makes room.
+used longest ago and does nothing makes room. Models that may be in memory together share the memory
+for pasts in equal parts, whichever is loaded first.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import gc
+import itertools
 import time
 from collections.abc import Callable
 from typing import Any, Final
 
 from optiq.artifacts import BitPlan
-from optiq.backend import is_cpu, memory_bytes, mx
+from optiq.backend import is_cpu, memory_bytes, memory_left, mx
 from optiq.configs import parse_size
 from optiq.data import chat
 from optiq.engine.drafters import drafter_kind
 from optiq.engine.engine import Engine, EngineOptions, load
+from optiq.engine.options import KV_SHARE
 from optiq.engine.reasoning import reasoning_format
 from optiq.engine.text import Pieces, backend_of
 from optiq.engine.tools import call_format
@@ -181,7 +184,7 @@ class Shelf:
         self._loading(name)
         gc.collect()  # what is given back meanwhile would be taken off
         before = mx.get_active_memory()
-        engine = load(entry.folder, entry.drafter, self._engine_options, self._emit)
+        engine = load(entry.folder, entry.drafter, self._options_for(name), self._emit)
         if self._options.max_context is not None:
             engine.context = min(self._options.max_context, engine.context or 1 << 62)
         _warm(engine)
@@ -196,6 +199,30 @@ class Shelf:
         self._loaded[name] = loaded
         self.num_changes += 1
         return loaded
+
+    def _options_for(self, name: str) -> EngineOptions:
+        """How a model is run that is to be loaded now, with its part of the memory for pasts."""
+        options, together = self._engine_options, self._num_together
+        if together == 1 or options.kv_memory is not None:
+            return options  # a model alone is measured when it is loaded, which is more exact
+        coming = sum(
+            self._resident_bytes(card) for at, card in self._cards.items() if at not in self._loaded
+        )
+        held = sum(one.size_bytes for one in self.loaded)
+        own = self._resident_bytes(self._cards[name])
+        weights = max(own, min(coming, self._limit_bytes - held))
+        kept = options.prefix_memory
+        return dataclasses.replace(
+            options,
+            kv_memory=part_of_memory(memory_left(), own, weights, together),
+            prefix_memory=None if kept is None else kept // together,
+        )
+
+    @property
+    def _num_together(self) -> int:
+        """Most models that may be in memory together, at least 1."""
+        sizes = itertools.accumulate(sorted(map(self._resident_bytes, self._cards.values())))
+        return max(1, sum(size <= self._limit_bytes for size in sizes))
 
     def _unload(self, loaded: Loaded) -> None:
         del self._loaded[loaded.name]
@@ -223,6 +250,22 @@ class Shelf:
     def _left_s(self, loaded: Loaded) -> float:
         assert self._options.idle_unload_s is not None
         return loaded.used_at + self._options.idle_unload_s - time.monotonic()
+
+
+def part_of_memory(left: int, own: int, weights: int, together: int) -> int:
+    """Bytes for the pasts of one of several models.
+
+    Where memory is so short that the weights of others would leave too little, they are not waited
+    for: a model has at least the part that it had if each of the others took as much as is left.
+
+    Args:
+        left: bytes that are free before it is loaded.
+        own: of its weights.
+        weights: of its weights and those that may come beside it.
+        together: models that may be in memory together.
+    """
+    free = max(left - weights, (left - own) // together, 0)
+    return int(KV_SHARE * free) // together
 
 
 def described(entry: Entry, max_context: int | None = None) -> ModelCard:

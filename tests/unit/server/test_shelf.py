@@ -3,12 +3,15 @@
 import dataclasses
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from optiq.engine.options import KV_SHARE
 from optiq.errors import EngineFailure, RequestRejected, UsageError
 from optiq.events import no_emit
 from optiq.server.catalog import Catalog
 from optiq.server.messages import WorkerOptions
-from optiq.server.shelf import Shelf
+from optiq.server.shelf import Shelf, part_of_memory
 from tests.gemma4 import ASSISTANT, TARGET
 from tests.tiny import tiny_checkpoint
 
@@ -173,3 +176,57 @@ def test_card_of_a_model_that_can_do_everything():
     (card,) = Shelf(entries, WorkerOptions(), no_emit, lambda name: None).cards()
     assert (card.vision, card.tools, card.thinking, card.chat) == (True,) * 4
     assert card.drafter == "gemma4_assistant"
+
+
+# -- memory for pasts ----------------------------------------------------------------------------
+
+FREE = 1 << 30
+
+
+def parts(found, order, monkeypatch):
+    """Memory for pasts of models that are loaded in an order, by name."""
+    used = []
+    monkeypatch.setattr("optiq.server.shelf.memory_left", lambda: FREE - sum(used))
+    for name in order:
+        size = found._resident_bytes(found._cards[name])
+        found.use(name)
+        used.append(size)
+    return {one.name: one.engine._options.kv_memory for one in found.loaded}
+
+
+def test_models_that_fit_together_share_the_memory_in_equal_parts_in_any_order(folder, monkeypatch):
+    orders = [FAMILIES, FAMILIES[::-1]]
+    first, second = (parts(shelf(folder), order, monkeypatch) for order in orders)
+    weights = sum(map(shelf(folder)._resident_bytes, shelf(folder).cards()))
+    for name in FAMILIES:
+        assert first[name] == pytest.approx(second[name], rel=0.01)
+        assert first[name] == pytest.approx(KV_SHARE * (FREE - weights) / 3, rel=0.01)
+
+
+def test_models_that_take_turns_do_not_share(folder, monkeypatch):
+    """Where one fits at a time it has what a single model has, which the engine measures."""
+    assert parts(shelf(folder, memory_limit="1600kB"), ("llama",), monkeypatch) == {"llama": None}
+    assert parts(shelf(folder / "llama"), ("llama",), monkeypatch) == {"llama": None}
+    two = parts(shelf(folder, memory_limit=TWO), ("llama", "qwen2"), monkeypatch)
+    assert [part < 0.5 * KV_SHARE * FREE for part in two.values()] == [True, True]
+    assert sum(two.values()) == pytest.approx(KV_SHARE * FREE, rel=0.01)
+
+
+@given(
+    left=st.integers(0, 1 << 40),
+    own=st.integers(1, 1 << 36),
+    others=st.integers(0, 1 << 38),
+    together=st.integers(2, 9),
+)
+def test_a_part_is_never_all_and_never_nothing(left, own, others, together):
+    part = part_of_memory(left, own, own + others, together)
+    assert 0 <= part * together <= max(0, KV_SHARE * (left - own))
+    if left > own + together * together * 4:
+        assert part > 0
+
+
+def test_kept_prompts_of_several_models_stay_below_one_limit(folder):
+    found = shelf(folder, engine={"prefix_memory": 3000})
+    assert found.use("llama").engine._options.prefix_memory == 1000
+    alone = shelf(folder / "llama", engine={"prefix_memory": 3000})
+    assert alone.use("llama").engine._options.prefix_memory == 3000
