@@ -47,6 +47,7 @@ __all__ = [
     "load_config",
     "load_quantized",
     "make_prompt_cache",
+    "shard",
     "tokenizer_of",
 ]
 
@@ -156,6 +157,23 @@ def dense_float32(model: nn.Module) -> nn.Module:
     """The model with dense float32 weights, which the CPU runs much faster than packed ones."""
     model.set_dtype(mx.float32)
     return dequantize_model(model)
+
+
+def shard(model: nn.Module, group: mx.distributed.Group) -> None:
+    """Leave this rank its part of a model, which then adds up what the ranks make.
+
+    Args:
+        model: weights may be unevaluated; only what stays here is then computed.
+        group: the ranks.
+
+    Raises:
+        UnsupportedModel: if mlx-lm cannot share models of the family out.
+        ValueError: if a size cannot be divided by the number of ranks.
+    """
+    own = getattr(model, "shard", None)
+    if own is None:
+        raise UnsupportedModel(f"mlx-lm has no tensor parallelism for {type(model).__module__}")
+    own(group)
 
 
 def tokenizer_of(path: Path, config: dict[str, Any]) -> TokenizerWrapper:
