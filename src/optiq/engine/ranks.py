@@ -49,12 +49,15 @@ def count() -> int:
 
 
 def least(number: int) -> int:
-    """The smallest of the numbers that the ranks have; all call it."""
+    """The smallest of the numbers that the ranks have; all call it.
+
+    Raises:
+        EngineFailure: if a rank has ended.
+    """
     found = group()
     if found is None:
         return number
-    agreed = mx.distributed.all_min(mx.array(number, mx.int64), group=found)
-    return cast(int, agreed.item())
+    return _looked_at(mx.distributed.all_min(mx.array([number], mx.int64), group=found))[0]
 
 
 def of_first(numbers: mx.array) -> mx.array:
@@ -68,17 +71,34 @@ def of_first(numbers: mx.array) -> mx.array:
 
 
 def bytes_of_first(data: bytes) -> bytes:
-    """Bytes as rank 0 has them; all call it with as many."""
-    return bytes(cast(list[int], of_first(mx.array(list(data), mx.int32)).tolist()))
+    """Bytes as rank 0 has them; all call it with as many.
+
+    Raises:
+        EngineFailure: if a rank has ended.
+    """
+    return bytes(_looked_at(of_first(mx.array(list(data), mx.int32))))
 
 
 def fresh_seed() -> int:
-    """A random number of 62 bits, the same on all ranks; all call it."""
+    """A random number of 62 bits, the same on all ranks; all call it.
+
+    Raises:
+        EngineFailure: if a rank has ended.
+    """
     if group() is None:
         return secrets.randbits(2 * _WORD_BITS)
     words = mx.array([secrets.randbits(_WORD_BITS) for _ in range(2)], mx.int32)
-    high, low = cast(list[int], of_first(words).tolist())
+    high, low = _looked_at(of_first(words))
     return high << _WORD_BITS | low
+
+
+def _looked_at(agreed: mx.array) -> list[int]:
+    try:
+        return cast(list[int], agreed.tolist())
+    except RuntimeError as error:
+        raise EngineFailure(
+            f"a rank has ended ({error}); look at its output, and start all of them again"
+        ) from None
 
 
 # -- sharing out ---------------------------------------------------------------------------------

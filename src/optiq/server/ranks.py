@@ -149,14 +149,15 @@ def follow(emit: Emit) -> NoReturn:
     Raises:
         OptiqError: if what is to be served cannot be, or ranks disagree.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # rank 0 lets answers end, and then ends
     faulthandler.enable()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # MLX waits for others without Python
     said = ranks.bytes_of_first(bytes(shared.SECRET_BYTES + _PORT_BYTES))
     secret, port = said[: shared.SECRET_BYTES], int.from_bytes(said[shared.SECRET_BYTES :])
     found = settings.load()
     assert found.rank is not None
     pipe = Pipe(shared.joined(found.first_host, port, secret, found.rank))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # rank 0 lets answers end, and then ends
     setup = pipe.receive()
     if not isinstance(setup, Setup):
         raise EngineFailure("rank 0 has ended before it said what to serve; look at its output")
