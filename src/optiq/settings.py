@@ -104,9 +104,9 @@ def load() -> Settings:
         served_key=os.environ.get("OPTIQ_API_KEY") or None,
         rank=_rank(os.environ.get("MLX_RANK")),
         rank_hosts=(
-            os.environ.get("MLX_HOSTFILE"),
-            os.environ.get("NCCL_HOST_IP"),
-            os.environ.get("MLX_JACCL_COORDINATOR"),
+            os.environ.get("MLX_HOSTFILE") or None,
+            os.environ.get("NCCL_HOST_IP") or None,
+            os.environ.get("MLX_JACCL_COORDINATOR") or None,
         ),
     )
 
