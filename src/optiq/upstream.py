@@ -47,7 +47,7 @@ __all__ = [
     "load_config",
     "load_quantized",
     "make_prompt_cache",
-    "shard",
+    "sharding",
     "tokenizer_of",
 ]
 
@@ -159,21 +159,19 @@ def dense_float32(model: nn.Module) -> nn.Module:
     return dequantize_model(model)
 
 
-def shard(model: nn.Module, group: mx.distributed.Group) -> None:
-    """Leave this rank its part of a model, which then adds up what the ranks make.
+def sharding(model: nn.Module) -> Callable[[mx.distributed.Group], None]:
+    """What leaves this rank its part of a model, which then adds up what the ranks make.
 
-    Args:
-        model: weights may be unevaluated; only what stays here is then computed.
-        group: the ranks.
+    Weights may be unevaluated; only what stays here is then computed. It raises a `ValueError` if
+    a size cannot be divided by the number of ranks.
 
     Raises:
         UnsupportedModel: if mlx-lm cannot share models of the family out.
-        ValueError: if a size cannot be divided by the number of ranks.
     """
     own = getattr(model, "shard", None)
     if own is None:
         raise UnsupportedModel(f"mlx-lm has no tensor parallelism for {type(model).__module__}")
-    own(group)
+    return cast(Callable[[mx.distributed.Group], None], own)
 
 
 def tokenizer_of(path: Path, config: dict[str, Any]) -> TokenizerWrapper:

@@ -67,8 +67,7 @@ def open_target(
     check_standalone(config)
     own = parse_size(memory_limit) if memory_limit else int(_SHARE * memory_bytes())
     limit = ranks.least(own)
-    ranks.check(config)
-    tree = _resident(tree, path, limit, emit)
+    tree = _resident(tree, config, path, limit, emit)
     family = family_of(config)
     target: Target
     if family is not None and not family.drafter:
@@ -80,20 +79,22 @@ def open_target(
     return Opened(target, tree, config, _dtype(tree), _bytes(tree))
 
 
-def _resident(tree: nn.Module, path: Path, limit: int, emit: Emit) -> nn.Module:
+def _resident(
+    tree: nn.Module, config: dict[str, Any], path: Path, limit: int, emit: Emit
+) -> nn.Module:
     """The tree in the form that it will have in memory."""
     dense = _FLOAT32 * _num_weights(tree)
     if not is_cpu():
-        ranks.shard(tree)
+        ranks.shard(tree, config)
         _check(_bytes(tree), path, limit)
         return with_packed_linears(tree) if is_cuda() else tree
     if dense <= limit:
         emit(Notice(f"weights are dense float32, {dense / 1e9:.2f} GB"))
         tree = dense_float32(tree)
-        ranks.shard(tree)  # what is dense divides where groups of packed weights do not
+        ranks.shard(tree, config)  # dense weights divide where groups of packed ones do not
         return tree
     tree.set_dtype(mx.float32)
-    ranks.shard(tree)
+    ranks.shard(tree, config)
     _check(_bytes(tree), path, limit)
     emit(
         Notice(

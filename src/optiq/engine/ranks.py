@@ -34,7 +34,8 @@ def group() -> mx.distributed.Group | None:
         found = mx.distributed.init(strict=True)
     except RuntimeError as error:
         raise EngineFailure(
-            f"the ranks do not find each other ({error}); start all of them through mlx.launch"
+            f"the ranks do not find each other ({error}); start all of them through mlx.launch, "
+            "two or more"
         ) from None
     return found if found.size() > 1 else None
 
@@ -104,13 +105,31 @@ def _looked_at(agreed: mx.array) -> list[int]:
 # -- sharing out ---------------------------------------------------------------------------------
 
 
-def check(config: dict[str, Any]) -> None:
-    """Refuse a model whose attention heads the ranks cannot share evenly.
+def shard(tree: nn.Module, config: dict[str, Any]) -> None:
+    """Leave this rank its part of a model; what is alone keeps the whole.
 
     Raises:
-        UsageError: naming the number of heads.
+        UnsupportedModel: if mlx-lm cannot share models of the family out.
+        UsageError: if heads or a size cannot be divided by the number of ranks.
     """
-    size = count()
+    found = group()
+    if found is None:
+        return
+    try:
+        own = upstream.sharding(tree)
+    except UnsupportedModel as error:
+        raise UnsupportedModel(f"{error}; start one process, without mlx.launch") from None
+    _check_heads(config, found.size())
+    try:
+        own(found)
+    except ValueError as error:
+        raise UsageError(
+            f"the model cannot be shared by {found.size()} ranks ({error}); start fewer"
+        ) from None
+
+
+def _check_heads(config: dict[str, Any], size: int) -> None:
+    """Refuse heads that ranks cannot share evenly, which the sizes of matrices do not show."""
     text = config.get("text_config")
     for part in (config, text if isinstance(text, dict) else {}):
         for name, heads in part.items():
@@ -119,26 +138,6 @@ def check(config: dict[str, Any]) -> None:
                     f"{heads} heads ({name} of config.json) cannot be shared by {size} ranks; "
                     "start as many ranks as divide them"
                 )
-
-
-def shard(tree: nn.Module) -> None:
-    """Leave this rank its part of a model; what is alone keeps the whole.
-
-    Raises:
-        UnsupportedModel: if mlx-lm cannot share models of the family out.
-        UsageError: if a size cannot be divided by the number of ranks.
-    """
-    found = group()
-    if found is None:
-        return
-    try:
-        upstream.shard(tree, found)
-    except UnsupportedModel as error:
-        raise UnsupportedModel(f"{error}; start one process, without mlx.launch") from None
-    except ValueError as error:
-        raise UsageError(
-            f"the model cannot be shared by {found.size()} ranks ({error}); start fewer"
-        ) from None
 
 
 def refuse_drafter(drafter: str | Path) -> None:

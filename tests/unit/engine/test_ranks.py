@@ -133,13 +133,23 @@ def test_alone_everything_is_as_it_was():
     ranks.refuse_drafter("ngram")
 
 
-@pytest.mark.parametrize("config", [tiny_config(), {"text_config": tiny_config()}])
-def test_heads_that_do_not_divide_are_refused(monkeypatch, config):
-    monkeypatch.setattr(ranks, "count", lambda: 2)
-    ranks.check(config)
-    monkeypatch.setattr(ranks, "count", lambda: 4)
+class Pretended:
+    """A group of so many ranks, which nobody reaches."""
+
+    def __init__(self, count):
+        self._count = count
+
+    def size(self):
+        return self._count
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_heads_that_do_not_divide_are_refused(monkeypatch, wrapped):
+    monkeypatch.setattr(ranks, "group", lambda: Pretended(4))
+    config = tiny_config()
+    tree = upstream.build_model(config)
     with pytest.raises(UsageError, match=r"2 heads \(num_key_value_heads .*4 ranks"):
-        ranks.check(config)
+        ranks.shard(tree, {"text_config": config} if wrapped else config)
 
 
 def test_a_drafter_is_refused(monkeypatch):
@@ -152,7 +162,7 @@ def test_a_family_that_mlx_lm_does_not_share_out_is_refused(monkeypatch):
     monkeypatch.setattr(ranks, "group", mx.distributed.init)
     tree = upstream.build_model(tiny_config("gemma3_text"))
     with pytest.raises(UnsupportedModel, match="tensor parallelism for mlx_lm.models.gemma3_text"):
-        ranks.shard(tree)
+        ranks.shard(tree, {})
 
 
 def test_sizes_that_do_not_divide_are_refused(monkeypatch):
@@ -162,4 +172,4 @@ def test_sizes_that_do_not_divide_are_refused(monkeypatch):
 
     monkeypatch.setattr(ranks, "group", mx.distributed.init)
     with pytest.raises(UsageError, match=r"output of size 3.*start fewer"):
-        ranks.shard(Uneven())
+        ranks.shard(Uneven(), {})
