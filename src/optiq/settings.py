@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from pathlib import Path
 
@@ -27,6 +28,9 @@ class Settings:
             `optiq serve`.
         debug: `OPTIQ_DEBUG` is set to anything but a false value; the command line shows
             tracebacks.
+        rank: `MLX_RANK`; number of this process among those of `mlx.launch`; None if it is alone.
+        rank_hosts: values of `MLX_HOSTFILE`, `NCCL_HOST_IP` and `MLX_JACCL_COORDINATOR`; see
+            `first_host`.
     """
 
     cache_dir: Path
@@ -35,6 +39,8 @@ class Settings:
     hub_endpoint: str | None
     debug: bool
     served_key: str | None = dataclasses.field(default=None, repr=False)
+    rank: int | None = None
+    rank_hosts: tuple[str | None, str | None, str | None] = (None, None, None)
 
     @property
     def offline(self) -> bool:
@@ -49,6 +55,31 @@ class Settings:
         """
         flags = [_is_true(name, word) for name, word in self.offline_words]  # all are checked
         return any(flags)
+
+    @property
+    def first_host(self) -> str:
+        """Address of the host of rank 0, as the launch names it.
+
+        Raises:
+            UsageError: if it names none, or the file of hosts cannot be read.
+        """
+        hostfile, nccl, jaccl = self.rank_hosts
+        if hostfile is None:
+            host = nccl or (jaccl or "").rpartition(":")[0]
+        else:
+            try:
+                host = json.loads(Path(hostfile).read_text())[0][0].rpartition(":")[0]
+            except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
+                raise UsageError(
+                    f"MLX_HOSTFILE is {hostfile!r}, which is no file of hosts ({error!r}); start "
+                    "all ranks through mlx.launch"
+                ) from None
+        if not host:
+            raise UsageError(
+                "MLX_RANK is set, and no variable says where rank 0 is; start all ranks through "
+                "mlx.launch with the back end ring, nccl or jaccl"
+            )
+        return str(host)
 
 
 def _is_true(name: str, word: str) -> bool:
@@ -71,4 +102,14 @@ def load() -> Settings:
         hub_endpoint=os.environ.get("HF_ENDPOINT") or None,
         debug=os.environ.get("OPTIQ_DEBUG", "").strip().lower() not in _FALSE,
         served_key=os.environ.get("OPTIQ_API_KEY") or None,
+        rank=_rank(os.environ.get("MLX_RANK")),
+        rank_hosts=(
+            os.environ.get("MLX_HOSTFILE") or None,
+            os.environ.get("NCCL_HOST_IP") or None,
+            os.environ.get("MLX_JACCL_COORDINATOR") or None,
+        ),
     )
+
+
+def _rank(word: str | None) -> int | None:
+    return int(word) if word is not None and word.isdecimal() else None

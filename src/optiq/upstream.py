@@ -44,6 +44,7 @@ __all__ = [
     "load_as",
     "load_config",
     "make_prompt_cache",
+    "sharding",
     "tokenizer_of",
 ]
 
@@ -147,6 +148,21 @@ def dense_float32(model: nn.Module) -> nn.Module:
     """The model with dense float32 weights, which the CPU runs much faster than packed ones."""
     model.set_dtype(mx.float32)
     return dequantize_model(model)
+
+
+def sharding(model: nn.Module) -> Callable[[mx.distributed.Group], None]:
+    """What leaves this rank its part of a model, which then adds up what the ranks make.
+
+    Weights may be unevaluated; only what stays here is then computed. It raises a `ValueError` if
+    a size cannot be divided by the number of ranks.
+
+    Raises:
+        UnsupportedModel: if mlx-lm cannot share models of the family out.
+    """
+    own = getattr(model, "shard", None)
+    if own is None:
+        raise UnsupportedModel(f"mlx-lm has no tensor parallelism for {type(model).__module__}")
+    return cast(Callable[[mx.distributed.Group], None], own)
 
 
 def tokenizer_of(path: Path, config: dict[str, Any]) -> TokenizerWrapper:

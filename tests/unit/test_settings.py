@@ -16,6 +16,10 @@ NAMES = (
     "HF_HUB_OFFLINE",
     "HF_ENDPOINT",
     "XDG_CACHE_HOME",
+    "MLX_RANK",
+    "MLX_HOSTFILE",
+    "NCCL_HOST_IP",
+    "MLX_JACCL_COORDINATOR",
 )
 
 
@@ -132,3 +136,35 @@ def test_blas_and_endpoint_are_taken_as_they_are(load):
 def test_the_environment_is_read_at_each_call(load):
     assert load(OPTIQ_BLAS="off").blas == "off"
     assert load(OPTIQ_BLAS="auto").blas == "auto"
+
+
+@pytest.mark.parametrize(
+    ("variables", "host"),
+    [
+        ({"NCCL_HOST_IP": "10.0.0.2"}, "10.0.0.2"),
+        ({"MLX_JACCL_COORDINATOR": "10.0.0.3:5000"}, "10.0.0.3"),
+    ],
+)
+def test_where_rank_0_is(load, variables, host):
+    found = load(MLX_RANK="1", **variables)
+    assert (found.rank, found.first_host) == (1, host)
+
+
+def test_where_rank_0_is_in_a_file_of_hosts(load, tmp_path):
+    hosts = tmp_path / "hosts.json"
+    hosts.write_text('[["10.0.0.1:5000", "10.0.0.1:5001"], ["10.0.0.2:5000"]]')
+    assert load(MLX_RANK="0", MLX_HOSTFILE=str(hosts)).first_host == "10.0.0.1"
+
+
+@pytest.mark.parametrize("text", [None, "", "[]", "[[5]]", "{}"])
+def test_a_file_of_hosts_that_is_none(load, tmp_path, text):
+    hosts = tmp_path / "hosts.json"
+    if text is not None:
+        hosts.write_text(text)
+    with pytest.raises(UsageError, match="is no file of hosts"):
+        load(MLX_RANK="0", MLX_HOSTFILE=str(hosts)).first_host  # noqa: B018  raises
+
+
+def test_a_launch_that_does_not_say_where_rank_0_is(load):
+    with pytest.raises(UsageError, match="no variable says where rank 0 is"):
+        load(MLX_RANK="0").first_host  # noqa: B018  raises

@@ -10,6 +10,7 @@ from typing import Any, TypeGuard, cast
 import numpy as np
 
 from optiq.backend import mx
+from optiq.engine import ranks
 from optiq.engine.asking import Asked
 from optiq.engine.drafters import Drafter, Pairing, open_drafter
 from optiq.engine.events import TokenLogprob
@@ -75,6 +76,7 @@ class Engine:
         self._planner = Planner(self.tokenizer, self._target.vocab_size, self._stop, self._output)
         self._drafter: Drafter | None = None
         if drafter is not None:
+            ranks.refuse_drafter(drafter)
             pairing = Pairing(
                 self._target,
                 self.tokenizer,
@@ -430,6 +432,9 @@ def load(
 ) -> Engine:
     """A model directory, ready to write.
 
+    Under `mlx.launch` every process has its part of the model. All of them have to ask for the
+    same answers in the same order, and take the same steps.
+
     Args:
         path: the directory, source or artifact.
         drafter: what proposes tokens: the directory of an assistant or of a smaller model with the
@@ -438,7 +443,8 @@ def load(
         emit: receives notices, such as the form of the weights.
 
     Raises:
-        UsageError: if the directory is no model, or the drafter is not for it.
+        UsageError: if the directory is no model, the drafter is not for it, or the model cannot be
+            shared out among the ranks of a launch.
         UnsupportedModel: if the family keeps its past in a way that the engine does not know.
     """
     folder, options = Path(path), options or EngineOptions()

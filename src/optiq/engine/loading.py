@@ -8,6 +8,7 @@ from typing import Any
 
 from optiq.backend import is_cpu, is_cuda, memory_bytes, mx, nn, tree_flatten
 from optiq.configs import parse_size
+from optiq.engine import ranks
 from optiq.engine.packed_linear import with_packed_linears
 from optiq.engine.target import Gemma4Target, Target, TreeTarget, kv_note, vocabulary_of
 from optiq.errors import UsageError
@@ -51,7 +52,7 @@ def open_target(
     """The model of a directory, source or artifact.
 
     On the CPU its weights are dense float32 where they fit, else packed with float32 scales. On
-    CUDA its quantized layers are those of `packed_linear`.
+    CUDA its quantized layers are those of `packed_linear`. Of several ranks each has its part.
 
     Args:
         path: the directory.
@@ -67,8 +68,9 @@ def open_target(
     """
     tree, config = load_tree(path)
     check_standalone(config)
-    limit = parse_size(memory_limit) if memory_limit else int(_SHARE * memory_bytes())
-    tree = _resident(tree, path, limit, emit)
+    own = parse_size(memory_limit) if memory_limit else int(_SHARE * memory_bytes())
+    limit = ranks.least(own)
+    tree = _resident(tree, config, path, limit, emit)
     family = family_of(config)
     target: Target
     if family is not None and not family.drafter:
@@ -82,16 +84,22 @@ def open_target(
     return Opened(target, tree, config, _dtype(tree), _bytes(tree))
 
 
-def _resident(tree: nn.Module, path: Path, limit: int, emit: Emit) -> nn.Module:
+def _resident(
+    tree: nn.Module, config: dict[str, Any], path: Path, limit: int, emit: Emit
+) -> nn.Module:
     """The tree in the form that it will have in memory."""
     dense = _FLOAT32 * _num_weights(tree)
     if not is_cpu():
+        ranks.shard(tree, config)
         _check(_bytes(tree), path, limit)
         return with_packed_linears(tree) if is_cuda() else tree
     if dense <= limit:
         emit(Notice(f"weights are dense float32, {dense / 1e9:.2f} GB"))
-        return dense_float32(tree)
+        tree = dense_float32(tree)
+        ranks.shard(tree, config)  # dense weights divide where groups of packed ones do not
+        return tree
     tree.set_dtype(mx.float32)
+    ranks.shard(tree, config)
     _check(_bytes(tree), path, limit)
     emit(
         Notice(
@@ -121,19 +129,20 @@ def _bytes(tree: nn.Module) -> int:
 
 
 def _num_weights(tree: nn.Module) -> int:
-    """Weights, as many as they are when nothing is packed."""
+    """Weights of this rank, about, as many as they are when nothing is packed."""
     flat = _parameters(tree)
     modules = dict(tree.named_modules())
     total = 0
     for name, value in flat.items():
         module = modules.get(name.rpartition(".")[0])
         bits = getattr(module, "bits", None)
+        size = value.size // (ranks.count() if ".layers." in name else 1)
         if bits is None:
-            total += value.size
+            total += size
         elif name.endswith(".weight"):
-            total += value.size * 32 // bits
+            total += size * 32 // bits
         elif not name.endswith((".scales", ".biases")):
-            total += value.size
+            total += size
     return total
 
 

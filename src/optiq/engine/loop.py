@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 from optiq.backend import is_cpu, mx
+from optiq.engine import ranks
 from optiq.engine.drafters.base import Drafter
 from optiq.engine.events import FinishReason, TokenLogprob
 from optiq.engine.kv_cache import SequenceCache
@@ -190,7 +191,8 @@ class Loop:
         states = self.target.states(as_row(tokens), cache, features)[:, -len(drafts) - 1 :]
         logits = self.target.logits(states)[0]
         rows, places = sequence.rows(drafts), sequence.places(len(drafts) + 1)
-        drawn = _numbers(sampled(logits, rows, places, self._suppressed, allowed))
+        chosen = sampled(logits, rows, places, self._suppressed, allowed)
+        drawn = _numbers(ranks.of_first(chosen))
         right = accepted(drafts, drawn)
         if right < len(drafts):
             kept = cache.length - len(drafts) + right
@@ -241,7 +243,7 @@ class Loop:
         places = [s.places(1 if drawn is None else 2)[-1] for s in sequences]
         for sequence in sequences:
             sequence.cache.length += 1
-        chosen = sampled(logits, rows, places, self._suppressed, allowed)
+        chosen = ranks.of_first(sampled(logits, rows, places, self._suppressed, allowed))
         mx.async_eval(chosen)
         return _Flight(list(sequences), rows, states, logits, chosen)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from optiq.backend import memory_left
 from optiq.configs import KV_BITS
+from optiq.engine import ranks
 from optiq.engine.pace import MAX_DRAFTS
 from optiq.engine.scheduler import Limits
 from optiq.engine.store import Storage
@@ -32,7 +33,7 @@ class EngineOptions:
         limits: of a step.
         kv_memory: bytes that the pasts of answers in progress may take, with those kept for later
             prompts; default: what is left of the memory when the model is loaded, but for room to
-            put pasts together.
+            put pasts together; with several ranks, where that is least.
         prefix_memory: bytes of the pasts that are kept for later prompts which begin alike; None
             for half of `kv_memory`.
         tokenizer: directory of the tokenizer, where it is not the model's.
@@ -61,6 +62,8 @@ class EngineOptions:
 
     def storage(self) -> Storage:
         """What the loop may keep; memory that is not given is measured."""
-        kv = int(KV_SHARE * memory_left()) if self.kv_memory is None else self.kv_memory
+        kv = self.kv_memory
+        if kv is None:
+            kv = ranks.least(int(KV_SHARE * memory_left()))
         prefix = kv // 2 if self.prefix_memory is None else self.prefix_memory
         return Storage(max(0, (self.sliding_keys or 0) - 1), kv, prefix)

@@ -35,9 +35,29 @@ class PackedEmbedding(nn.QuantizedEmbedding):
         return product(self, x)
 
 
+class PackedAllToSharded(nn.QuantizedAllToShardedLinear):
+    """A `PackedLinear` of which every rank gives its part of the output."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """The product (..., output of this rank) of (..., input), with the bias."""
+        y = product(self, x)
+        return y + self["bias"] if "bias" in self else y
+
+
+class PackedShardedToAll(nn.QuantizedShardedToAllLinear):
+    """A `PackedLinear` of which every rank reads its part of the input."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """The product (..., output) of (..., input of this rank), summed, with the bias."""
+        y = mx.distributed.all_sum(product(self, x), group=self.group)
+        return y + self["bias"] if "bias" in self else y
+
+
 _FASTER: dict[type[nn.Module], type[nn.Module]] = {
     nn.QuantizedLinear: PackedLinear,
     nn.QuantizedEmbedding: PackedEmbedding,
+    nn.QuantizedAllToShardedLinear: PackedAllToSharded,
+    nn.QuantizedShardedToAllLinear: PackedShardedToAll,
 }
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-import secrets
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -22,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from optiq.backend import mx
+from optiq.engine import ranks
 from optiq.engine.events import TokenLogprob
 from optiq.errors import UsageError
 from optiq.models.generation import GenerationDefaults
@@ -104,7 +104,7 @@ class Sampling:
         """The same with a fresh seed where there is none."""
         if self.seed is not None:
             return self
-        return dataclasses.replace(self, seed=secrets.randbits(63))
+        return dataclasses.replace(self, seed=ranks.fresh_seed())
 
     def check_vocabulary(self, num_tokens: int) -> None:
         """Refuse a bias on tokens that the model does not have.

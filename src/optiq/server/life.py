@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import signal
 import socket
@@ -17,10 +18,12 @@ from typing import Final
 
 import uvicorn
 
+from optiq import settings
 from optiq.configs import ServeConfig, parse_size
 from optiq.engine.scheduler import Limits
 from optiq.errors import UsageError
 from optiq.events import Event, Notice
+from optiq.server import shared
 from optiq.server.access import LogFormatter
 from optiq.server.app import App, create_app
 from optiq.server.catalog import Catalog
@@ -37,12 +40,22 @@ _KEEP_ALIVE_S: Final = 30
 def run(config: ServeConfig, announce: Callable[[str], None]) -> int:
     """Serve models until a signal says to stop; see `serve`.
 
+    Under `mlx.launch` all ranks run one model together, and rank 0 alone listens.
+
     Raises:
         UsageError: if a model cannot be served, or as `serve` does.
         EngineFailure: if the engine cannot start.
     """
     catalog = Catalog.of(config.model, config.alias, config.drafter)
-    return serve(Supervisor(catalog, options_of(config), emit=_log_event), config, announce)
+    options, rank = options_of(config), settings.load().rank
+    if rank is None:
+        return serve(Supervisor(catalog, options, emit=_log_event), config, announce)
+    shared.check(catalog, config)
+    if rank > 0:
+        log_to_stderr(as_json=config.log_json)
+        shared.follow(_log_event)
+    once = dataclasses.replace(options, restarts=0)  # the other ranks do not come back
+    return serve(Supervisor(catalog, once, _log_event, shared.COMMAND), config, announce)
 
 
 def options_of(config: ServeConfig) -> SupervisorOptions:

@@ -69,6 +69,22 @@ class Cancel:
 Order = Setup | Begin | Cancel
 
 
+# -- from the engine process of rank 0 to those of the others --------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """What the leader does next, and so do the followers. Before the first comes the setup.
+
+    Attributes:
+        orders: that it has taken.
+        tasks: numbers of the jobs that it is doing, before those orders.
+    """
+
+    orders: tuple[Order, ...]
+    tasks: tuple[int, ...]
+
+
 # -- from the engine process -----------------------------------------------------------------------
 
 Value = Embedded | Counted | Detokenized
@@ -153,7 +169,7 @@ class Broken:
 Message = Report | Models | Loading | Told | Broken
 
 
-def packed(message: Order | Message) -> bytes:
+def packed(message: Order | Turn | Message) -> bytes:
     """A frame.
 
     Raises:

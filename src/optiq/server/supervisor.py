@@ -315,7 +315,8 @@ class Supervisor:
             again = "; send the request again"
             if not started.done() or len(ends) > self._options.restarts:
                 self._state, again = "down", ""
-                self._why += f", {len(ends)} times by now; start the server again"
+                times = f", {len(ends)} times by now" if len(ends) > 1 else ""
+                self._why += f"{times}; start the server again"
                 self._unsent.clear()
             lost = [one for one in self._answers.values() if one.number not in self._unsent]
             for answer in lost:

@@ -42,6 +42,7 @@ from optiq.server.messages import (
     Report,
     Setup,
     Told,
+    Turn,
 )
 from optiq.server.shelf import Shelf
 from optiq.server.tasks import Task, begun, failure_of, model_of
@@ -56,12 +57,14 @@ class Pipe:
 
     def __init__(self, end: socket.socket) -> None:
         self._socket, self._file = end, end.makefile("rb")
+        self._lock = threading.Lock()
 
     def send(self, message: Message) -> None:
         """Hand over a message; the other end always reads."""
-        self._socket.sendall(messages.packed(message))
+        with self._lock:
+            self._socket.sendall(messages.packed(message))
 
-    def receive(self) -> Order | None:
+    def receive(self) -> Order | Turn | None:
         """The next message; None when the other end is closed."""
         try:
             header = self._file.read(messages.HEADER_BYTES)
@@ -69,7 +72,7 @@ class Pipe:
         except ConnectionError:
             return None
         whole = len(header) == messages.HEADER_BYTES and len(data) == messages.length_of(header)
-        order: Order | None = messages.unpacked(data) if whole else None
+        order: Order | Turn | None = messages.unpacked(data) if whole else None
         return order
 
 
@@ -112,17 +115,23 @@ class Worker:
     # -- taking ----------------------------------------------------------------------------------
 
     def _take(self) -> None:
+        """Obey what has come."""
+        for order in self._received():
+            self._obey(order)
+        self._shelf.unload_idle()
+
+    def _received(self) -> list[Order]:
         """Everything in the inbox; waits while there is nothing to do."""
         busy = bool(self._tasks or self._waiting)
+        orders: list[Order] = []
         try:
             if not busy:
                 left = self._shelf.idle_left_s()
-                self._obey(self._inbox.get(timeout=None if left is None else max(left, 0)))
+                orders.append(self._inbox.get(timeout=None if left is None else max(left, 0)))
             while True:
-                self._obey(self._inbox.get_nowait())
+                orders.append(self._inbox.get_nowait())
         except queue.Empty:
-            pass
-        self._shelf.unload_idle()
+            return orders
 
     def _obey(self, order: Order) -> None:
         if isinstance(order, Begin):
@@ -137,9 +146,9 @@ class Worker:
     def _begin(self) -> None:
         """Jobs that wait, in order, up to one whose model has no room yet."""
         others = bool(self._tasks)
-        end = time.monotonic() + _BEGIN_S
-        while self._waiting and not (others and time.monotonic() > end):
-            begin = self._waiting[0]
+        start, count = time.monotonic(), 0
+        while self._waiting and not (others and self._is_enough(count, start)):
+            begin, count = self._waiting[0], count + 1
             try:
                 loaded = self._shelf.use(model_of(begin.job))
                 if loaded is None:
@@ -148,6 +157,16 @@ class Worker:
             except BaseException as error:  # noqa: BLE001  a tokenizer's panic is no Exception
                 self._fail(begin.number, error)
             self._waiting.popleft()
+
+    def _is_enough(self, count: int, start: float) -> bool:
+        """Whether those that write have waited long enough for new jobs.
+
+        Args:
+            count: jobs that were begun.
+            start: when the first of them was, on the monotonic clock.
+        """
+        del count
+        return time.monotonic() > start + _BEGIN_S
 
     def _add(self, task: Task) -> None:
         task.loaded.num_tasks += 1
@@ -234,6 +253,7 @@ class _Meter:
 def _listen(pipe: Pipe, inbox: queue.SimpleQueue[Order]) -> None:
     """Put orders into the inbox; the end of the pipe is the end of the process."""
     while (order := pipe.receive()) is not None:
+        assert not isinstance(order, Turn)
         inbox.put(order)
     os._exit(0)  # nothing here is worth keeping, and the owner may be in a long step
 
@@ -248,8 +268,27 @@ def _emitter(pipe: Pipe) -> Callable[[Event], None]:
     return emit
 
 
-def serve(pipe: Pipe) -> NoReturn:
+Maker = Callable[[Setup, queue.SimpleQueue[Order], Pipe], Worker]
+"""What to serve, where orders come in and the pipe for what is said -> what serves."""
+
+
+def shelf_of(setup: Setup, pipe: Pipe) -> Shelf:
+    """The models of a setup; what there is to say about them goes into the pipe."""
+    return Shelf(
+        setup.entries, setup.options, _emitter(pipe), lambda name: pipe.send(Loading(name))
+    )
+
+
+def _alone(setup: Setup, inbox: queue.SimpleQueue[Order], pipe: Pipe) -> Worker:
+    return Worker(shelf_of(setup, pipe), inbox, pipe.send)
+
+
+def serve(pipe: Pipe, make: Maker = _alone) -> NoReturn:
     """Do what comes through a pipe, for as long as it is open.
+
+    Args:
+        pipe: to the process that started this one.
+        make: makes the worker.
 
     Raises:
         OptiqError: if what is to be served cannot be.
@@ -259,36 +298,35 @@ def serve(pipe: Pipe) -> NoReturn:
         raise EngineFailure(f"the first message was {setup!r}; it must say what to serve")
     inbox: queue.SimpleQueue[Order] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(pipe, inbox), daemon=True).start()
-    emit = _emitter(pipe)
-    shelf = Shelf(setup.entries, setup.options, emit, lambda name: pipe.send(Loading(name)))
-    worker = Worker(shelf, inbox, pipe.send)
+    worker = make(setup, inbox, pipe)
     worker.ready()
     while True:
         worker.turn()
 
 
-def main(arguments: list[str]) -> NoReturn:
-    """The process: serve the pipe whose number is the first argument."""
+def main(arguments: list[str], make: Maker = _alone) -> NoReturn:
+    """The process: serve the pipe whose number is the first argument; see `serve`."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     faulthandler.enable()
     logging.basicConfig(format="%(asctime)s engine %(levelname)s %(message)s")
     pipe = Pipe(socket.socket(fileno=int(arguments[0])))
     try:
-        serve(pipe)
+        serve(pipe, make)
     except ConnectionError:
         os._exit(0)
     except OptiqError as error:
         kind = UsageError if isinstance(error, UsageError) else EngineFailure
-        _send_last(pipe, Broken(kind(str(error))))
+        send_last(pipe, Broken(kind(str(error))))
     except BaseException as error:  # noqa: BLE001  the other end has to know of any
         _LOG.critical("the engine process failed", exc_info=error)
         failure = EngineFailure(f"the engine failed ({type(error).__name__}: {error})")
-        _send_last(pipe, Broken(failure))
+        send_last(pipe, Broken(failure))
     os._exit(1)  # a thread is waiting at the pipe
 
 
-def _send_last(pipe: Pipe, message: Message) -> None:
+def send_last(pipe: Pipe, message: Message) -> None:
+    """Say something to a process that may have ended."""
     try:
         pipe.send(message)
     except OSError:

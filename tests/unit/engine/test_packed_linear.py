@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 
 from optiq.backend import mx, nn, tree_flatten
-from optiq.engine.packed_linear import PackedEmbedding, PackedLinear, with_packed_linears
+from optiq.engine.packed_linear import (
+    PackedAllToSharded,
+    PackedEmbedding,
+    PackedLinear,
+    PackedShardedToAll,
+    with_packed_linears,
+)
 from optiq.models.load import load_tree
 from optiq.upstream import make_prompt_cache
 
@@ -34,6 +40,21 @@ def test_a_linear_layer(bits, shape):
     out = packed(x)
     assert out.shape == (*shape, 96)
     close(out, plain(x))
+
+
+@pytest.mark.parametrize(
+    ("sharding", "kind"),
+    [("all-to-sharded", PackedAllToSharded), ("sharded-to-all", PackedShardedToAll)],
+)
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_linear_layer_of_a_rank(sharding, kind, bias):
+    plain, _ = layers(nn.Linear, 4, bias)
+    tree = nn.Sequential(nn.layers.distributed.shard_linear(plain, sharding))
+    packed = with_packed_linears(tree).layers[0]
+    assert isinstance(packed, kind)
+    for shape in SHAPES:
+        x = mx.random.normal((*shape, 128))
+        close(packed(x), plain(x))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
