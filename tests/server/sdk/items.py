@@ -89,6 +89,8 @@ class OpenAI:
         turn = dict(turn)
         if isinstance(turn.get("content"), list):
             turn["content"] = [self.part(part) for part in turn["content"]]
+        if isinstance(turn.get("content"), dict):
+            turn["content"] = json.dumps(turn["content"])
         for call in turn.get("tool_calls") or ():
             if not isinstance(call["function"]["arguments"], str):
                 call["function"]["arguments"] = json.dumps(call["function"]["arguments"])
