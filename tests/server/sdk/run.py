@@ -9,9 +9,9 @@
     python -m tests.server.sdk.run responses --source openai-3.54.0 --python sdk/bin/python
 
 The engine is a scripted one that takes any model's name, or with `--url http://HOST:PORT` that of a
-running server (`optiq serve --alias '*' --model ...`, a small model). What the list of a suite names, with a
-reason each, has to fail: a line that is no longer needed is an error. Exit status 0 if everything
-else passes.
+running server (`optiq serve --alias '*' --model ...`, a small model). What the list of a suite
+names, with a reason each, has to fail: a line that is no longer needed is an error. Exit status 0
+if everything else passes.
 """
 
 import argparse
