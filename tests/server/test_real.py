@@ -5,15 +5,18 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 
 import httpx
 import pytest
 
 import optiq
+from optiq.upstream import tokenizer_of
 from tests import gemma4
 from tests.server.local import WAIT_S, until
 
@@ -38,12 +41,12 @@ MARGIN = 1e-3
 
 
 @contextlib.contextmanager
-def serving(*options):
+def serving(model, *options):
     """A server program, and a client of it; it is ready."""
     code = "from optiq.cli.main import run; run()"
-    command = [sys.executable, "-c", code, "serve", "--model", str(gemma4.TARGET), "--port", "0"]
+    command = [sys.executable, "-c", code, "serve", "--model", str(model), "--port", "0"]
     process = subprocess.Popen(
-        [*command, "--max-context", str(CONTEXT), *options],
+        [*command, *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
@@ -63,7 +66,7 @@ def serving(*options):
 
 @pytest.fixture(scope="module")
 def client():
-    with serving() as (_, found):
+    with serving(gemma4.TARGET, "--max-context", str(CONTEXT)) as (_, found):
         yield found
         assert found.get("/ready").status_code == 200
 
@@ -259,7 +262,9 @@ def no_end(client):
 
 
 def gauge(client, name):
-    return float(re.search(rf"^optiq:num_requests_{name} (\S+)", client.get("/metrics").text, re.M)[1])
+    return float(
+        re.search(rf"^optiq:num_requests_{name} (\S+)", client.get("/metrics").text, re.M)[1]
+    )
 
 
 def test_a_prefix_is_read_once(client):
@@ -302,36 +307,160 @@ def test_a_prompt_that_is_too_long(client, path, body, where):
 
 # -- its end ---------------------------------------------------------------------------------------
 
+NEVER, NEVER_TEXT = 510, "<audio|>"  # a token that the checkpoint suppresses
 STREAMS = {
-    CHAT: {"messages": USER},
-    TEXT: {"prompt": WORDS},
-    "/v1/responses": {"input": "Hi"},
-    "/v1/messages": {"messages": USER, "max_tokens": 480},
-    "/api/chat": {"messages": USER},
+    CHAT: ({"messages": USER}, "data: [DONE]", '"error"'),
+    TEXT: ({"prompt": WORDS, "max_tokens": 50_000}, "data: [DONE]", '"error"'),
+    "/v1/responses": ({"input": "Hi"}, "data: ", "response.failed"),
+    "/v1/messages": ({"messages": USER, "max_tokens": 50_000}, "data: ", '"error"'),
+    "/api/chat": ({"messages": USER}, '{"error"', '"error"'),
 }
-LAST = {
-    CHAT: "data: [DONE]",
-    TEXT: "data: [DONE]",
-    "/v1/responses": "response.failed",
-    "/v1/messages": '"type":"error"',
-    "/api/chat": '"error"',
-}
-FAULT = {
-    CHAT: "error",
-    TEXT: "error",
-    "/v1/responses": "response.failed",
-    "/v1/messages": "error",
-    "/api/chat": "error",
-}
+"""Route -> body, how the last line begins, and what is in the lines of a stream that failed."""
+
+
+@pytest.fixture(scope="module")
+def endless_model(tmp_path_factory):
+    """The same model, which ends no answer."""
+    folder = tmp_path_factory.mktemp("endless") / "model"
+    shutil.copytree(gemma4.TARGET, folder)
+    for name, values in {
+        "config.json": {"eos_token_id": NEVER},
+        "generation_config.json": {"eos_token_id": NEVER},
+        "tokenizer_config.json": {"eos_token": NEVER_TEXT},
+    }.items():
+        given = json.loads((folder / name).read_text())
+        for part in (given, given.get("text_config", {})):
+            part |= values | ({"max_position_embeddings": 60_000} if name == "config.json" else {})
+        (folder / name).write_text(json.dumps(given))
+    return folder
+
+
+def under_load(pool, client):
+    """A stream on every route, all of which have begun; their lines are read to the end."""
+    begun = [threading.Event() for _ in STREAMS]
+    reading = [
+        pool.submit(read_to_the_end, client, path, event)
+        for path, event in zip(STREAMS, begun, strict=True)
+    ]
+    until(lambda: all(one.is_set() for one in begun) or any(one.done() for one in reading))
+    assert not any(one.done() for one in reading)
+    return reading
 
 
 def read_to_the_end(client, path, begun):
-    """The lines of a stream that has no end of its own for long."""
-    body = {"model": "default_model", "stream": True} | STREAMS[path]
+    body = {"model": "default_model", "stream": True} | STREAMS[path][0]
     with client.stream("POST", path, json=body) as answer:
         assert answer.status_code == 200
         lines = []
         for line in answer.iter_lines():
-            lines.append(line)
-            begun.set()
-    return [line for line in lines if line]
+            lines += [line] if line else []
+            if len(lines) > 8:
+                begun.set()
+    return lines
+
+
+def assert_failed(path, lines):
+    """A stream that was cut off: it says so in its own words, and its JSON is whole."""
+    _, last, fault = STREAMS[path]
+    assert lines[-1].startswith(last)
+    assert any(fault in line for line in lines[-3:])
+    for line in lines:
+        data = line.removeprefix("data: ")
+        if data != "[DONE]" and not line.startswith(("event: ", ":")):
+            json.loads(data)
+
+
+def test_streams_of_every_protocol_end_at_sigterm(endless_model):
+    with (
+        serving(endless_model, "--drain", "0.2") as (process, client),
+        concurrent.futures.ThreadPoolExecutor() as pool,
+    ):
+        reading = under_load(pool, client)
+        process.send_signal(signal.SIGTERM)
+        for path, one in zip(STREAMS, reading, strict=True):
+            assert_failed(path, one.result(PATIENCE_S))
+        assert process.wait(PATIENCE_S) == 0
+
+
+def test_the_death_of_the_engine_ends_streams_and_is_survived(endless_model):
+    with (
+        serving(endless_model, "--drain", "0.2") as (process, client),
+        concurrent.futures.ThreadPoolExecutor() as pool,
+    ):
+        reading = under_load(pool, client)
+        os.kill(engine_of(process), signal.SIGKILL)
+        for path, one in zip(STREAMS, reading, strict=True):
+            assert_failed(path, one.result(PATIENCE_S))
+        assert client.get("/health").status_code == 200
+        until(lambda: client.get("/ready").status_code == 200)
+        assert client.post(TEXT, json={"prompt": WORDS}).status_code == 200
+        assert "optiq:engine_restarts_total 1.0" in client.get("/metrics").text
+
+
+def engine_of(process):
+    """Number of the engine process of a server: its only child."""
+    found = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True, check=True
+    )
+    (number,) = found.stdout.split()
+    return int(number)
+
+
+# -- the small Gemma-4 that was trained ------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(shared, tmp_path_factory):
+    """Its directory."""
+    folder = tmp_path_factory.mktemp("trained")
+    with tarfile.open(shared / "assets" / "gemma4-small" / "weights.tar.xz", "r|xz") as archive:
+        archive.extractall(folder, filter="data")
+    return folder / "it-qat-q4_0-unquantized"
+
+
+@pytest.mark.assets
+def test_history_goes_on_from_the_tokens_of_the_turn(shared, trained):
+    """After a result of a tool nothing is read again; after the user's next turn, as templated."""
+    tokenizer = tokenizer_of(trained, {})
+    file = shared / "assets" / "gemma4-small" / "eval" / "tools.jsonl"
+    items = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    first = [item for item in items if all(m["role"] != "tool" for m in item["messages"])][:4]
+    with serving(trained) as (_, client):
+        for item in first:
+            tools, talk = item["tools"], item["messages"]
+            given = {"messages": talk, "tools": tools, "max_tokens": 200}
+            answer = asked(client, **given, temperature=0, logprobs=True)
+            message = answer["choices"][0]["message"]
+            result = {"role": "tool", "tool_call_id": message["tool_calls"][0]["id"]}
+            talk = [*talk, message, result | {"content": '{"result": 5}'}]
+            written = [token["token"] for token in tokens_of(answer)]
+            names, _ = read_as(client, item["messages"], tools)
+            names_after, _ = read_as(client, talk, tools)
+            assert names_after[: len(names) + len(written)] == names + written
+            last = asked(client, messages=talk, tools=tools, max_tokens=64, temperature=0)
+            assert cached(last) >= len(names) + len(written) - 1
+            talk = [*talk, last["choices"][0]["message"], {"role": "user", "content": "Thanks"}]
+            _, ids = read_as(client, talk, tools)
+            assert ids == tokenizer.apply_chat_template(
+                [templated(turn) for turn in talk],
+                tools=tools,
+                add_generation_prompt=True,
+                enable_thinking=False,
+            )
+
+
+def read_as(client, messages, tools):
+    """The texts of the tokens of a conversation, and their ids."""
+    body = {"messages": messages, "tools": tools, "return_token_strs": True}
+    made = client.post("/tokenize", json=body).json()
+    return made["token_strs"], made["tokens"]
+
+
+def templated(turn):
+    """A message as templates have it: JSON texts are values."""
+    turn = {"content": ""} | {name: value for name, value in turn.items() if value is not None}
+    if turn["role"] == "tool":
+        turn["content"] = json.loads(turn["content"])
+    for call in turn.get("tool_calls", ()):
+        call["function"]["arguments"] = json.loads(call["function"]["arguments"])
+    return turn
