@@ -13,13 +13,22 @@ would never end one. Tests that need knowledge, or pictures from elsewhere, are 
 reason. optiq itself is not imported.
 """
 
+import functools
+
 import openai
+import pytest
 from langchain_openai import ChatOpenAI
 from langchain_tests.integration_tests import ChatModelIntegrationTests
 
 BIAS = 30.0
 
+needs_knowledge = pytest.mark.xfail(
+    reason="the model has to know what is asked of it; a small one calls with other values",
+    strict=False,
+)
 
+
+@functools.cache
 def ends_of_strings():
     """Tokens that end a string, in JSON and in calls of Gemma-4, with a bias."""
     found = {}
@@ -57,3 +66,30 @@ class TestOptiq(ChatModelIntegrationTests):
     @property
     def supports_image_inputs(self):
         return False  # they are fetched from elsewhere by the tests
+
+    @needs_knowledge
+    def test_tool_calling(self, model):
+        super().test_tool_calling(model)
+
+    @needs_knowledge
+    async def test_tool_calling_async(self, model):
+        await super().test_tool_calling_async(model)
+
+    @needs_knowledge
+    def test_agent_loop(self, model):
+        super().test_agent_loop(model)
+
+    @needs_knowledge
+    def test_structured_output_pydantic_2_v1(self, model):
+        super().test_structured_output_pydantic_2_v1(model)
+
+    @needs_knowledge
+    def test_json_mode(self, model):
+        super().test_json_mode(model)
+
+    @needs_knowledge
+    def test_unicode_tool_call_integration(self, model):
+        super().test_unicode_tool_call_integration(model)
+
+
+ends_of_strings()  # before a test records what is asked
