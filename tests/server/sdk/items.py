@@ -139,14 +139,21 @@ class Anthropic:
                 for tool in item["tools"]
             ]
         if stream:
+            usage: Any = None
             with self.api.messages.stream(**given) as events:
+                for event in events:
+                    if event.type == "message_delta":
+                        usage = (
+                            event.usage
+                        )  # the package's own sum leaves out what it does not know
                 message = events.get_final_message()
         else:
             message = self.api.messages.create(**given)
+            usage = message.usage
         text = "".join(block.text for block in message.content if block.type == "text")
         thought = "".join(b.thinking for b in message.content if b.type == "thinking")
         calls = [(b.name, json.dumps(b.input)) for b in message.content if b.type == "tool_use"]
-        return answer(text, calls, thought, message.usage)
+        return answer(text, calls, thought, usage)
 
     def turn(self, turn: dict[str, Any]) -> dict[str, Any]:
         if turn["role"] == "tool":
