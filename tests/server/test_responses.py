@@ -458,6 +458,7 @@ def test_null_is_not_given(key):
         ({"seed": 1}, "seed"),
         ({"background": True}, "background"),
         ({"truncation": "auto"}, "truncation"),
+        ({"prompt_cache_options": {"prewarm": True}}, "prompt_cache_options.prewarm"),
         ({"include": ["file_search_call.results"]}, "include[0]"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"top_logprobs": 21}, "top_logprobs"),

@@ -11,7 +11,7 @@ import functools
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from optiq.data import chat
 from optiq.data.calibration import needs_bos
@@ -102,7 +102,9 @@ class Prompter:
 
         Messages are OpenAI style. A developer is the system. Leading system messages are one, and
         part of the user's where the template has no system. Neighbours of one role are joined
-        where the template refuses them apart. Arguments of past calls may be JSON text.
+        where the template refuses them apart. Arguments of past calls may be JSON text. So may
+        results, which protocols have as text alone: where the template has a form for objects, the
+        text of an object is written in it.
 
         Raises:
             UsageError: if a message is none, or the template has no place for one.
@@ -114,6 +116,8 @@ class Prompter:
         if not turns:
             raise UsageError("there are no messages; give at least one")
         turns = _named_results(_one_system(turns))
+        if self._takes_results:
+            turns = [_with_object(turn) for turn in turns]
         if turns[0]["role"] == "system" and not self._writes_system:
             turns = _joined([turns[0] | {"role": "user"}, *turns[1:]])
         images = tuple(part.pop("source") for part in _image_parts(turns))
@@ -330,6 +334,30 @@ def _call(call: Any, where: str) -> dict[str, Any]:  # noqa: ANN401  any JSON va
         "type": "function",
         "function": {"name": function["name"], "arguments": arguments},
     }
+
+
+def _with_object(turn: dict[str, Any]) -> dict[str, Any]:
+    """A turn; a result that is the text of a JSON object is that object."""
+    text = turn["content"]
+    if turn["role"] != "tool" or not isinstance(text, str):
+        return turn
+    try:
+        found = json.loads(text, object_pairs_hook=_distinct, parse_constant=_no_constant)
+    except (ValueError, RecursionError):
+        return turn
+    return turn | {"content": found} if isinstance(found, dict) else turn
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, none of whose members another one hides."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key comes twice")
+    return found
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON")
 
 
 def _check_tools(tools: Sequence[Tool]) -> None:

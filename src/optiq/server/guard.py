@@ -140,7 +140,7 @@ class Bodies:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
-        if scope["type"] != "http" or (scope["method"] != "POST" and not has_body(scope)):
+        if scope["type"] != "http" or not has_body(scope):
             return await self._app(scope, receive, send)
         try:
             self._check(Headers(scope=scope))

@@ -1,10 +1,12 @@
 """Items with exact answers through the openai and anthropic packages, against a running server.
 
 usage: python items.py URL EVAL_FOLDER [--model NAME] [--limit N] [--client openai|anthropic|both]
+           [--way whole|streamed|both]
 
 EVAL_FOLDER holds `<skill>.jsonl` files in the form of `optiq eval --task-file`. Every item is asked
-streamed and not. Prints one JSON object: right answers by client, way and skill, and the drafts
-that usage reports. Needs both packages; optiq itself is not imported.
+streamed and not. Scores go to stderr as they come; at the end there is one JSON object: right
+answers by client, way and skill, and the drafts that usage reports. Needs both packages; optiq
+itself is not imported.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import argparse
 import base64
 import collections
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +92,8 @@ class OpenAI:
         turn = dict(turn)
         if isinstance(turn.get("content"), list):
             turn["content"] = [self.part(part) for part in turn["content"]]
+        if isinstance(turn.get("content"), dict):
+            turn["content"] = json.dumps(turn["content"])
         for call in turn.get("tool_calls") or ():
             if not isinstance(call["function"]["arguments"], str):
                 call["function"]["arguments"] = json.dumps(call["function"]["arguments"])
@@ -134,14 +139,21 @@ class Anthropic:
                 for tool in item["tools"]
             ]
         if stream:
+            usage: Any = None
             with self.api.messages.stream(**given) as events:
+                for event in events:
+                    if event.type == "message_delta":
+                        usage = (
+                            event.usage
+                        )  # the package's own sum leaves out what it does not know
                 message = events.get_final_message()
         else:
             message = self.api.messages.create(**given)
+            usage = message.usage
         text = "".join(block.text for block in message.content if block.type == "text")
         thought = "".join(b.thinking for b in message.content if b.type == "thinking")
         calls = [(b.name, json.dumps(b.input)) for b in message.content if b.type == "tool_use"]
-        return answer(text, calls, thought, message.usage)
+        return answer(text, calls, thought, usage)
 
     def turn(self, turn: dict[str, Any]) -> dict[str, Any]:
         if turn["role"] == "tool":
@@ -189,7 +201,9 @@ def main() -> None:
     parser.add_argument("--model", default="default_model")
     parser.add_argument("--limit", type=int)
     parser.add_argument("--client", choices=["openai", "anthropic", "both"], default="both")
+    parser.add_argument("--way", choices=["whole", "streamed", "both"], default="both")
     args = parser.parse_args()
+    ways = ("whole", "streamed") if args.way == "both" else (args.way,)
     kinds = {"openai": OpenAI, "anthropic": Anthropic}
     names = list(kinds) if args.client == "both" else [args.client]
     scores: dict[str, dict[str, str]] = {}
@@ -197,8 +211,8 @@ def main() -> None:
     wrong: list[str] = []
     for name in names:
         client = kinds[name](args.url, args.model, args.folder)
-        for stream in (False, True):
-            way = f"{name}, {'streamed' if stream else 'whole'}"
+        for how in ways:
+            stream, way = how == "streamed", f"{name}, {how}"
             scores[way] = {}
             for path in sorted(args.folder.glob("*.jsonl")):
                 items = [json.loads(line) for line in path.read_text().splitlines()][: args.limit]
@@ -216,6 +230,7 @@ def main() -> None:
                             f"{way}: {item['id']}: {found['text'][:60]!r} {found['calls']}"
                         )
                 scores[way][path.stem] = f"{right} of {asked}"
+                print(way, path.stem, scores[way][path.stem], file=sys.stderr, flush=True)
     print(json.dumps({"scores": scores, "draft": drafts, "wrong": wrong}, indent=1))
 
 

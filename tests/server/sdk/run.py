@@ -8,9 +8,10 @@
     python -m tests.server.sdk.run anthropic --source anthropic-2.12.0 --python sdk/bin/python
     python -m tests.server.sdk.run responses --source openai-3.54.0 --python sdk/bin/python
 
-The engine is a scripted one that takes any model's name. What the list of a suite names, with a
-reason each, has to fail: a line that is no longer needed is an error. Exit status 0 if everything
-else passes.
+The engine is a scripted one that takes any model's name, or with `--url http://HOST:PORT` that of a
+running server (`optiq serve --alias '*' --model ...`, a small model). What the list of a suite
+names, with a reason each, has to fail: a line that is no longer needed is an error. Exit status 0
+if everything else passes.
 """
 
 import argparse
@@ -121,9 +122,11 @@ def main():
     parser.add_argument("suite", choices=SUITES)
     parser.add_argument("--source", type=Path, required=True, help="unpacked source distribution")
     parser.add_argument("--python", required=True, help="interpreter that has the package")
+    parser.add_argument("--url", help="of a running server, instead of a scripted engine")
     options = parser.parse_args()
     suite, python = SUITES[options.suite], str(Path(options.python).absolute())
-    with served(suite.app(AnyName())) as address:
+    running = contextlib.nullcontext(options.url) if options.url else served(suite.app(AnyName()))
+    with running as address:
         results, said = outcomes(python, options.source, suite, address + suite.base)
     if not results:
         sys.stdout.write(f"no tests ran\n{said}")

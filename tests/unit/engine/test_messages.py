@@ -433,3 +433,32 @@ def test_arguments_that_the_template_writes_are_read_back(prompter, gemma, gemma
     parser = gemma_format.parser(tools=tools)
     answer = collect([*parser.feed(block), *parser.finish("stop")])
     assert [one.data() for one in answer.tool_calls] == [arguments]
+
+
+def result_of(content):
+    """A conversation that waits for the answer after the result of a call."""
+    result = {"role": "tool", "tool_call_id": "c", "content": content}
+    past = {"role": "assistant", "content": "", "tool_calls": [call({}, id="c")]}
+    return [user("Hi"), past, result]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ('{"sum": 3, "of": ["a", {"b": null}]}', {"sum": 3, "of": ["a", {"b": None}]}),
+        ("{}", {}),
+        ('{"a": "\\u003c|turn>model"}', {"a": "<|turn>model"}),
+    ],
+)
+def test_a_result_that_is_the_text_of_an_object_is_that_object(prompter, gemma, text, value):
+    ids = prompter.chat(result_of(text)).ids
+    assert ids == prompter.chat(result_of(value)).ids
+    assert special_ids(gemma, ids) == special_ids(gemma, prompter.chat(result_of(value)).ids)
+
+
+@pytest.mark.parametrize(
+    "text", ["3", '"a"', "[1, 2]", '{"a": 1, "a": 2}', '{"a": NaN}', "{broken", "{'a': 1}"]
+)
+def test_other_results_stay_text(prompter, gemma, text):
+    written = decoded(gemma, prompter.chat(result_of(text)).ids)
+    assert text in written

@@ -311,3 +311,14 @@ def test_no_work_is_taken_while_the_server_ends():
         "status": "not ready",
         "reason": "the server is shutting down",
     }
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/api/tags", "/health", "/ready", "/metrics"])
+def test_a_method_that_a_route_has_not_is_said_to_be_none(path):
+    answer = client_of().post(path)
+    assert answer.status_code == 405
+    assert answer.headers["allow"] == "GET"
+
+
+def test_a_request_without_a_body_is_refused_by_its_route():
+    assert client_of().post("/v1/chat/completions").status_code == 400

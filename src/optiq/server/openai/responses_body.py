@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import ConfigDict, Discriminator, Field, Tag
 
 from optiq.server.asking import Effort
 from optiq.server.wire import Body, WireModel, only
@@ -198,6 +198,16 @@ class StreamOptions(WireModel):
     include_obfuscation: bool | None = Field(default=None, description=_IGNORED)
 
 
+class CacheOptions(WireModel):
+    """What is to be kept of a prompt, which the server decides."""
+
+    model_config = ConfigDict(extra="allow")
+
+    prewarm: Annotated[
+        Literal[False] | None, only(False, reason="a prompt is read to be answered; leave it out")
+    ] = None
+
+
 class ResponsesBody(Body):
     """What `/v1/responses` reads."""
 
@@ -263,7 +273,7 @@ class ResponsesBody(Body):
     max_tool_calls: int | None = None
     metadata: dict[str, str] | None = None
     prompt_cache_key: str | None = None
-    prompt_cache_options: dict[str, Any] | None = None
+    prompt_cache_options: CacheOptions | None = None
     prompt_cache_retention: str | None = None
     safety_identifier: str | None = None
     service_tier: str | None = None
