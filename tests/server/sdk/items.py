@@ -143,9 +143,7 @@ class Anthropic:
             with self.api.messages.stream(**given) as events:
                 for event in events:
                     if event.type == "message_delta":
-                        usage = (
-                            event.usage
-                        )  # the package's own sum leaves out what it does not know
+                        usage = event.usage  # the package's sum leaves out drafts
                 message = events.get_final_message()
         else:
             message = self.api.messages.create(**given)
