@@ -98,6 +98,9 @@ class FakeService:
     streams: list = dataclasses.field(default_factory=list)
     cards: tuple = (CARD,)
 
+    async def known(self):
+        pass
+
     def models(self):
         return self.cards
 

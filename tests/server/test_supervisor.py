@@ -262,7 +262,7 @@ def test_a_full_queue_refuses(engine, runner):
 
 def test_a_reader_who_does_not_read_is_cut_off(engine, runner):
     async def scene():
-        change(engine, buffer_bytes=20_000)
+        change(engine, buffer_bytes=100_000)  # more than the quick answer takes in all
         stalled, quick = engine.submit(endless()), engine.submit(job(tokens=300))
         replies = await read(quick)
         assert len(tokens_of(replies)) == 300

@@ -25,8 +25,15 @@ BUDGETS: Final[Mapping[str, int | None]] = {
 
 
 def card_of(service: Service, model: str) -> ModelCard:
-    """What is known of a model that `Service.resolve` gave."""
-    return next(card for card in service.models() if card.name == model)
+    """What is known of a model that `Service.resolve` gave.
+
+    Raises:
+        RequestRejected: 503, if the engine has never come up.
+    """
+    for card in service.models():
+        if card.name == model:
+            return card
+    raise RequestRejected("the engine is down; /ready says why", http_status=503)
 
 
 def check_can_think(service: Service, model: str, param: str) -> None:

@@ -141,6 +141,10 @@ class Measured:
     def __init__(self, service: Service, metrics: Metrics) -> None:
         self._service, self._metrics = service, metrics
 
+    async def known(self) -> None:
+        """See `Service`."""
+        await self._service.known()
+
     def models(self) -> Sequence[ModelCard]:
         """See `Service`."""
         return self._service.models()

@@ -112,6 +112,10 @@ class Snapshot(Protocol):
 class Service(Protocol):
     """The engine process."""
 
+    async def known(self) -> None:
+        """Returns when `models` is complete, which it is not while the server starts."""
+        ...
+
     def models(self) -> Sequence[ModelCard]:
         """All models that can be named, the default one first."""
         ...

@@ -112,6 +112,7 @@ class Supervisor:
         self._draining = False
         self._counts = Counts()
         self._cards: tuple[ModelCard, ...] = ()
+        self._known = asyncio.Event()
         self._numbers = itertools.count()
         self._answers: dict[int, Answer] = {}
         self._unsent: dict[int, bytes] = {}
@@ -126,6 +127,10 @@ class Supervisor:
         self._main: asyncio.Task[None] | None = None
 
     # -- Service ---------------------------------------------------------------------------------
+
+    async def known(self) -> None:
+        """Returns when `models` is complete, or the engine process stays down."""
+        await self._known.wait()
 
     def models(self) -> Sequence[ModelCard]:
         """All models that can be named, the default one first; none before the first start."""
@@ -315,6 +320,7 @@ class Supervisor:
             again = "; send the request again"
             if not started.done() or len(ends) > self._options.restarts:
                 self._state, again = "down", ""
+                self._known.set()
                 times = f", {len(ends)} times by now" if len(ends) > 1 else ""
                 self._why += f"{times}; start the server again"
                 self._unsent.clear()
@@ -364,6 +370,7 @@ class Supervisor:
             case Models(cards):
                 self._cards, self._loading, self._state = cards, None, "ready"
                 self._lived = True
+                self._known.set()
                 self._catalog = self._catalog.only({card.name for card in cards})
                 if not started.done():
                     started.set_result(None)

@@ -231,9 +231,10 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON")
 
 
-def service_of(request: Request) -> Service:
-    """The engine that the application was made with."""
+async def service_of(request: Request) -> Service:
+    """The engine that the application was made with, when it knows its models."""
     found: Service = request.app.state.service
+    await found.known()
     return found
 
 

@@ -1,5 +1,7 @@
 """The application around the protocols: its state, its document, its refusals."""
 
+import asyncio
+
 import pytest
 from starlette.testclient import TestClient
 
@@ -134,3 +136,29 @@ def test_it_is_not_made_open_to_others(monkeypatch):
     client = TestClient(create_app(ManagedService(), ServeConfig(host="0.0.0.0")), base_url=OWN)
     assert client.get("/metrics").status_code == 401
     assert client.get("/metrics", headers={"x-api-key": "k"}).status_code == 200
+
+
+def test_a_request_that_comes_before_the_models_are_known_waits():
+    class Late(ManagedService):
+        asked = False
+
+        async def known(self):
+            for _ in range(3):
+                await asyncio.sleep(0)
+            self.cards, self.asked = cards, True
+
+    service = Late()
+    cards, service.cards = service.cards, ()
+    answer = client_of(service).get("/v1/models")
+    assert service.asked
+    assert [one["id"] for one in answer.json()["data"]] == [card.name for card in cards]
+
+
+def test_a_request_to_an_engine_that_never_came_up_is_503():
+    service = ManagedService()
+    service.cards = ()
+    service.resolve = lambda name: "tiny"
+    body = {"messages": [{"role": "user", "content": "Hello"}], "reasoning_effort": "low"}
+    answer = client_of(service).post("/v1/chat/completions", json=body)
+    assert answer.status_code == 503
+    assert "/ready" in answer.json()["error"]["message"]

@@ -202,7 +202,8 @@ def test_an_idle_model_is_unloaded(folder):
     bench.run(0)
     bench.worker.turn()  # waits until there is something to unload
     assert bench.shelf.loaded == []
-    assert not any(card.loaded for card in bench.sent[-1].cards)
+    cards = [message.cards for message in bench.sent if isinstance(message, Models)][-1]
+    assert not any(card.loaded for card in cards)
     bench.put(1, job())
     bench.run(1)
     assert len(bench.replies(1)) > 8
