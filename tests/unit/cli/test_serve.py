@@ -106,9 +106,9 @@ def test_options_reach_the_engine():
     worker = options.worker
     assert (worker.memory_limit, worker.max_context, worker.idle_unload_s) == ("8GB", 1000, 13.0)
     assert worker.limits.running == 5
-    assert worker.engine == {"num_drafts": 3, "prefix_memory": 2 * 10**9}
+    assert worker.engine == {"num_drafts": 3, "prefix_memory": 2 * 10**9, "kv_bits": None}
     plain = life.options_of(ServeConfig()).worker.engine
-    assert plain == {"num_drafts": None, "prefix_memory": None}
+    assert plain == {"num_drafts": None, "prefix_memory": None, "kv_bits": None}
 
 
 def test_a_model_is_served_until_a_signal(tiny_llama):
