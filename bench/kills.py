@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--effort", default="quick")
     parser.add_argument("--target-bpw", type=float, default=5.0)
+    parser.add_argument("--max-windows", type=int, default=12, help="windows of the last judgement")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("-o", "--out", type=Path)
     args = parser.parse_args()
@@ -43,7 +44,8 @@ def main() -> None:
     def command(root: Path) -> list[str]:
         where = ["-o", str(root / "out" / "model"), "--work", str(root / "work")]
         options = ["--effort", args.effort, "--target-bpw", str(args.target_bpw)]
-        return [OPTIQ, "convert", args.source, *where, *options]
+        judge = ["--max-windows", str(args.max_windows)]
+        return [OPTIQ, "convert", args.source, *where, *options, *judge]
 
     chance = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as folder:
