@@ -58,7 +58,7 @@ def optiq_side(args: argparse.Namespace) -> dict[str, Any]:
 
 def stock_side(args: argparse.Namespace) -> dict[str, Any]:
     import mlx_lm  # noqa: PLC0415  only this side imports it by itself
-    from mlx_lm.generate import BatchGenerator  # noqa: PLC0415
+    from mlx_lm.generate import BatchGenerator, generate_step  # noqa: PLC0415
 
     model, tokenizer = mlx_lm.load(args.model)
 
@@ -67,7 +67,7 @@ def stock_side(args: argparse.Namespace) -> dict[str, Any]:
         if len(texts) == 1:
             import mlx.core as mx  # noqa: PLC0415
 
-            steps = mlx_lm.generate.generate_step(mx.array(texts[0]), model, max_tokens=new)
+            steps = generate_step(mx.array(texts[0]), model, max_tokens=new)
             next(steps)
             first = time.perf_counter()
             for _ in steps:
