@@ -5,12 +5,14 @@ The functions at the end are all that knows how the engine is called.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any, Final, Protocol, TypeVar, cast
 
 import numpy as np
 
+from optiq.engine.asking import Asked
 from optiq.engine.engine import Generation
 from optiq.engine.events import Event, Finished, TokenLogprob, Tokens
 from optiq.engine.messages import ChatOptions, Message
@@ -41,17 +43,12 @@ from optiq.server.shelf import Loaded
 
 _LOG: Final = logging.getLogger(__name__)
 _TINY: Final = 1e-12
-_ARGUMENTS: Final = {
-    "thinking": False,
-    "thinking_budget": None,
-    "continue_final": False,
-    "image_detail": None,
-    "tool_choice": "auto",
-    "function": None,
-    "parallel_tool_calls": True,
-    "grammar": None,
-}
-"""Arguments of `Engine.generate` that are fields of a job, and what they are by default."""
+_ARGUMENTS: Final = tuple(
+    field.name
+    for field in dataclasses.fields(Asked)
+    if field.name not in {"prompt", "images", "tools"}
+)
+"""Arguments of `Engine.generate` that are fields of a job."""
 
 
 T = TypeVar("T")
@@ -215,16 +212,10 @@ def _scored(loaded: Loaded, one: TokenLogprob) -> Piece:
 def _generations(loaded: Loaded, job: GenerateJob) -> Sequence[Generation]:
     """The answers of a job, one a choice."""
     _check_length(loaded, job)
-    arguments = _arguments(job) | dict(job.sampling)
+    arguments = {name: getattr(job, name) for name in _ARGUMENTS} | dict(job.sampling)
     return loaded.engine.generate_choices(
         _prompt(job), job.images, job.tools, choices=job.choices, **arguments
     )
-
-
-def _arguments(job: GenerateJob) -> dict[str, Any]:
-    """Arguments of `Engine.generate` that are not as it has them by default."""
-    given = {name: getattr(job, name) for name in _ARGUMENTS}
-    return {name: value for name, value in given.items() if value != _ARGUMENTS[name]}
 
 
 def _prompt(job: GenerateJob) -> str | Sequence[int] | Sequence[Message]:

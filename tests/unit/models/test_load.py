@@ -2,9 +2,7 @@
 
 import dataclasses
 import json
-import logging
 import os
-import shutil
 from pathlib import Path
 
 import mlx_lm
@@ -18,7 +16,6 @@ from optiq.errors import EngineFailure, UnsupportedModel, UsageError
 from optiq.events import Notice, StageStarted
 from optiq.models import load
 from optiq.models.load import (
-    load_tokenizer,
     open_quantized,
     open_source,
     read_config,
@@ -301,40 +298,6 @@ def test_a_tokenizer_that_needs_code_is_refused(folder, trap, name):
     with pytest.raises(UsageError, match="tokenizer in .* cannot be loaded"):
         source.tokenizer  # noqa: B018
     assert not trap.exists()
-
-
-# -- tokenizers ------------------------------------------------------------------------------------
-
-
-def test_a_missing_tokenizer(folder):
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / name).unlink()
-    source = open_source(str(folder))
-    with pytest.raises(
-        UsageError, match="has no tokenizer; add tokenizer.json or give --tokenizer"
-    ):
-        source.tokenizer  # noqa: B018
-
-
-def test_a_tokenizer_from_another_directory(folder, tmp_path):
-    other = tmp_path / "tokenizer"
-    other.mkdir()
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.move(folder / name, other / name)
-    source = open_source(str(folder), RunConfig(tokenizer=other))
-    assert source.tokenizer_path == other
-    assert source.tokenizer.encode("a", add_special_tokens=False) == [64]
-    assert source.tokenizer is source.tokenizer
-
-
-@pytest.mark.parametrize(
-    "text", ["{", "{}", '{"version": "1.0"}', '{"model": {"type": "BPE"}}', "[]"]
-)
-def test_a_broken_tokenizer(folder, text):
-    (folder / "tokenizer.json").write_text(text)
-    with pytest.raises(UsageError, match="cannot be loaded .*; give --tokenizer DIR") as caught:
-        load_tokenizer(folder, read_config(folder))
-    assert "\n" not in str(caught.value)
 
 
 # -- imported GGUF files ---------------------------------------------------------------------------
@@ -803,11 +766,3 @@ def test_scales_of_a_matrix_that_the_model_has_not(quantized_copy):
 def test_sources_can_be_copied_with_changes(tiny_source):
     other = dataclasses.replace(tiny_source, tokenizer_path=Path("/elsewhere"))
     assert same(other.weights(), tiny_source.weights())
-
-
-def test_a_text_beyond_the_context_is_tokenized_without_a_word(folder, caplog, monkeypatch):
-    edit_json(folder / "tokenizer_config.json", model_max_length=8)
-    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    tokenizer = load.load_tokenizer(folder, {})
-    assert len(tokenizer.encode("one two three " * 100)) > 100
-    assert not caplog.records
