@@ -76,7 +76,7 @@ class KeyValueCache:
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
         """What the last call of `update_and_fetch` returned."""
-        return self.coding.decoded(self._columns(self._end - self._seen, self._end))
+        return self.coding.decoded(self.newest(self._seen))
 
     def make_mask(
         self, N: int, window_size: int | None = None, return_array: bool = False
@@ -114,6 +114,10 @@ class KeyValueCache:
         """Empty columns by sequence among the last `past`."""
         return [max(0, past - length) for length in self.lengths]
 
+    def newest(self, count: int) -> Columns:
+        """What is held in the last columns."""
+        return self._columns(self._end - count, self._end)
+
     def _columns(self, start: int, stop: int) -> Columns:
         return tuple(x[:, :, start:stop] for x in self.held)
 
@@ -124,7 +128,7 @@ class KeyValueCache:
             return
         kept = self._most
         room = kept + count + max(ROOM, kept // FULL_ROOM if self.window is None else 0)
-        old = self._columns(self._end - kept, self._end) or (None,) * len(new)
+        old = self.newest(kept) or (None,) * len(new)
         self.held = tuple(_moved(*pair, room) for pair in zip(old, new, strict=True))
         self._end = kept
 
@@ -159,7 +163,7 @@ class KeyValueCache:
                 f"the cache keeps {self._end} of {length} tokens, fewer than the {wanted} that are "
                 "needed; make it with more slack"
             )
-        return self._columns(self._end - wanted, self._end)
+        return self.newest(wanted)
 
     def piece(self, start: int, stop: int) -> Columns:
         """Copies of what is held of some tokens of one sequence, and of no others."""
@@ -214,13 +218,14 @@ class KeyValueCache:
             column = mx.maximum(mx.arange(self._end)[None] - back, 0)[:, None, :, None]
             self.held = tuple(mx.take_along_axis(x, column, axis=2) for x in self.held)
 
-    def row(self, index: int) -> KeyValueCache:
-        """One sequence as a cache of its own."""
+    def rows(self, indices: Sequence[int]) -> KeyValueCache:
+        """Some of the sequences, by ascending number; itself for all of them."""
+        if len(indices) == len(self.lengths):
+            return self
         out = KeyValueCache(self.window, self.slack, self.coding)
-        out.lengths = [self.lengths[index]]
-        out._end = min(self.lengths[index], self._most)
-        columns = self._columns(self._end - out._end, self._end)
-        out.held = tuple(x[index : index + 1] for x in columns)
+        out.lengths = [self.lengths[index] for index in indices]
+        out._end = min(max(out.lengths), self._most)
+        out.held = tuple(picked(x, indices) for x in self.newest(out._end))
         return out
 
     @property
@@ -230,23 +235,31 @@ class KeyValueCache:
 
     @property
     def num_kept(self) -> int:
-        """Tokens of a single sequence that are worth keeping."""
-        return min(self.lengths[0], self._most)
+        """Columns that are worth keeping and hold a token of some sequence."""
+        return min(max(self.lengths), self._most)
 
     @classmethod
     def join(cls, caches: Sequence[KeyValueCache]) -> KeyValueCache:
-        """Caches of single sequences, none of them empty, side by side."""
+        """Caches, none of them empty, side by side."""
         first = caches[0]
         out = cls(first.window, first.slack, first.coding)
         kept = [cache.num_kept for cache in caches]
-        out.lengths = [cache.lengths[0] for cache in caches]
+        out.lengths = [length for cache in caches for length in cache.lengths]
         out._end = max(kept)
-        columns = [cache.last_held(count) for cache, count in zip(caches, kept, strict=True)]
+        columns = [cache.newest(count) for cache, count in zip(caches, kept, strict=True)]
         out.held = tuple(
             mx.concatenate([_padded(x, out._end, ROOM) for x in part])
             for part in zip(*columns, strict=True)
         )
         return out
+
+
+def picked(x: mx.array, indices: Sequence[int]) -> mx.array:
+    """Some entries of the first axis, by ascending number."""
+    first, last = indices[0], indices[-1]
+    if last - first + 1 == len(indices):
+        return x[first : last + 1]
+    return mx.take(x, mx.array(indices), axis=0)
 
 
 def _padded(x: mx.array, columns: int, room: int) -> mx.array:
@@ -389,9 +402,15 @@ class SequenceCache:
         """The same past for another sequence; nothing is copied until one of them goes on."""
         return _gathered([_forked(layer) for layer in self.layers], self.length)
 
+    def rows(self, indices: Sequence[int]) -> SequenceCache:
+        """Some of the sequences, by ascending number; layers are not copied for all of them."""
+        return _gathered([_rows(layer, indices) for layer in self.layers], 0)
+
     def row(self, index: int, length: int) -> SequenceCache:
-        """One sequence of several as a cache of its own."""
-        return _gathered([_row(layer, index) for layer in self.layers], length)
+        """One of the sequences as a cache of its own, which has so many tokens."""
+        out = self.rows([index])
+        out.length = length
+        return out
 
     @classmethod
     def elsewhere(cls, length: int) -> SequenceCache:
@@ -400,7 +419,7 @@ class SequenceCache:
 
     @classmethod
     def join(cls, caches: Sequence[SequenceCache]) -> SequenceCache:
-        """Caches of single sequences, none of them empty, side by side."""
+        """Caches, none of them empty, side by side."""
         layers = zip(*(cache.layers for cache in caches), strict=True)
         return _gathered([_joined(layer) for layer in layers], 0)
 
@@ -411,13 +430,13 @@ def _gathered(layers: list[Any], length: int) -> SequenceCache:
     return out
 
 
-def _row(layer: Any, index: int) -> Any:  # noqa: ANN401
+def _rows(layer: Any, indices: Sequence[int]) -> Any:  # noqa: ANN401
     if isinstance(layer, KeyValueCache):
-        return layer.row(index)
+        return layer.rows(indices)
     if isinstance(layer, CacheList):
-        return CacheList(*(_row(part, index) for part in layer.caches))
+        return CacheList(*(_rows(part, indices) for part in layer.caches))
     out: Any = ArraysCache(len(layer.cache))
-    out.cache = [None if x is None else x[index : index + 1] for x in layer.cache]
+    out.cache = [None if x is None else picked(x, indices) for x in layer.cache]
     return out
 
 

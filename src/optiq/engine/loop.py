@@ -122,7 +122,7 @@ class Loop:
         for sequence in alone:
             _guarded([sequence], self._round)
         if together:
-            _guarded(together, self._pass)
+            _guarded(self._batch.members, self._pass)
         for number in step.prefill:
             _guarded([self._sequences[number]], self._read)
         for number in step.decode:
@@ -314,10 +314,8 @@ class _Batch:
         self.flight: _Flight | None = None
 
     def consists_of(self, members: Sequence[SequenceState]) -> bool:
-        """Whether these are the members, in order."""
-        return len(members) == len(self.members) and all(
-            a is b for a, b in zip(members, self.members, strict=True)
-        )
+        """Whether these are the members, in any order."""
+        return len(members) == len(self.members) and all(_among(m, members) for m in self.members)
 
     def cache_of(self, sequence: SequenceState) -> SequenceCache:
         """The past of a sequence, member or not."""
@@ -329,23 +327,27 @@ class _Batch:
     def arrange(self, members: Sequence[SequenceState]) -> None:
         """Let these sequences be the batch; those that leave get their own cache back.
 
-        Cost: a copy of all keys and values, but for a single one.
+        Cost: a copy of all keys and values, but for a single sequence.
         """
-        if len(self.members) == 1:
-            self.cache.length = self.members[0].cache.length
-            self.members[0].cache = self.cache
-        else:
-            for index, sequence in enumerate(self.members):
-                if not sequence.done:
-                    sequence.cache = self.cache.row(index, sequence.cache.length)
-        self.members, self.cache, self.flight = list(members), SequenceCache(()), None
-        if not members:
-            return
-        caches = [sequence.cache for sequence in members]
-        self.cache = caches[0] if len(caches) == 1 else SequenceCache.join(caches)
-        for sequence in members:
-            sequence.cache = SequenceCache.elsewhere(sequence.cache.length)
+        staying = [i for i, member in enumerate(self.members) if _among(member, members)]
+        for index, member in enumerate(self.members):
+            if index not in staying and not member.done:
+                member.cache = self.cache.row(index, member.cache.length)
+        kept = [self.members[index] for index in staying]
+        joining = [member for member in members if not _among(member, kept)]
+        parts = [self.cache.rows(staying)] if staying else []
+        parts += [member.cache for member in joining]
+        self.members, self.flight = kept + joining, None
+        self.cache = SequenceCache.join(parts) if len(parts) > 1 else SequenceCache(())
+        if len(parts) == 1:
+            self.cache = parts[0]
+        for member in joining:
+            member.cache = SequenceCache.elsewhere(member.cache.length)
         mx.eval(self.cache.arrays)
+
+
+def _among(sequence: SequenceState, sequences: Sequence[SequenceState]) -> bool:
+    return any(sequence is other for other in sequences)
 
 
 def accepted(drafts: Sequence[int], drawn: Sequence[int]) -> int:

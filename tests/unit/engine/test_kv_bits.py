@@ -82,7 +82,7 @@ class Model:
 
     def check(self):
         for i, text in enumerate(self.true):
-            exact(self.cache.row(i).last(None), text, self.bits)
+            exact(self.cache.rows([i]).last(None), text, self.bits)
 
 
 @pytest.mark.parametrize("bits", KV_BITS)
@@ -109,7 +109,7 @@ def test_append_trim_join_and_part_are_those_of_a_plain_cache(bits, parts, other
         batch.append(2)
         batch.trim([(step + i) % 3 for i in range(len(batch.true))])
         batch.check()
-    copy = batch.cache.row(0).fork()
+    copy = batch.cache.rows([0]).fork()
     batch.append(1)
     exact(copy.last(None), [side[:, :, :-1] for side in batch.true[0]], bits)
 

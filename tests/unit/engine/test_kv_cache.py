@@ -95,6 +95,34 @@ def test_side_by_side(kind):
         assert apart(read(target, own, [11, 12]), uncached(target, [*text, 11, 12])[-2:]) < CLOSE
 
 
+@pytest.mark.parametrize("kind", ALL)
+@pytest.mark.parametrize("left", [(1, 2), (0, 3), (0, 1, 2, 3)])
+def test_some_leave_and_others_join(kind, left):
+    target = tiny_target(kind)
+    texts = [[(5 * i + 3 * j) % VOCAB for j in range(n)] for i, n in enumerate((1, 4, 13, 30))]
+    joined = SequenceCache.join([_cache_of(target, text) for text in texts])
+    for step in range(3):
+        column = mx.array([[(step + i) % VOCAB] for i in range(len(texts))])
+        mx.eval(target.logits(target.states(column, joined)))
+        for i, text in enumerate(texts):
+            text.append((step + i) % VOCAB)
+    late = [7, 9, 9, 3, 5, 1]
+    batch = SequenceCache.join([joined.rows(left), _cache_of(target, late)])
+    kept = [*(texts[i] for i in left), late]
+    for step in range(9):
+        column = mx.array([[(step + 2 * i) % VOCAB] for i in range(len(kept))])
+        logits = target.logits(target.states(column, batch))[:, 0]
+        for i, text in enumerate(kept):
+            text.append((step + 2 * i) % VOCAB)
+            assert apart(logits[i], uncached(target, text)[-1]) < CLOSE
+
+
+def _cache_of(target, text):
+    cache = target.make_cache()
+    read(target, cache, text)
+    return cache
+
+
 @pytest.mark.parametrize("window", [None, 4])
 def test_sequences_of_a_batch_go_back_by_different_numbers(window):
     rng = np.random.default_rng(0)
@@ -103,7 +131,7 @@ def test_sequences_of_a_batch_go_back_by_different_numbers(window):
     cache.trim([1, 3])
     assert cache.lengths == [8, 3]
     for index, length in enumerate(cache.lengths):
-        keys, values = cache.row(index).last(min(3, length))
+        keys, values = cache.rows([index]).last(min(3, length))
         kept = data[index, :, length - keys.shape[2] : length]
         assert apart(keys[0], kept) == 0
         assert apart(values[0], 2 * kept) == 0
