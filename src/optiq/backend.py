@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 import time
 from pathlib import Path
 from typing import cast
@@ -70,6 +72,19 @@ def memory_left() -> int:
     except OSError:  # where there is no such file, others on the machine are not counted
         host = memory_bytes() - mx.get_active_memory()
     return max(0, int(own) - mx.get_active_memory() if own else host)
+
+
+def release_memory() -> None:
+    """Give memory that is not used any more back to the system.
+
+    MLX keeps freed buffers on a GPU. Its CPU back end frees them to the C library, and glibc keeps
+    what lies between pieces that are used: 0.5 GB and more in a measurement of a 1B model.
+    """
+    mx.clear_cache()
+    if is_cpu() and sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc; others have none
+        if trim is not None:
+            trim(0)
 
 
 def _available_bytes(meminfo: str) -> int:

@@ -10,6 +10,7 @@ before a round, and the round is played again as far as it was right.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -52,7 +53,7 @@ class KeyValueCache:
     @property
     def offset(self) -> int | mx.array:
         """Position of the next token: a number for one sequence, else (B,) int32."""
-        return self.lengths[0] if len(self.lengths) == 1 else mx.array(self.lengths)
+        return self.lengths[0] if len(self.lengths) == 1 else _positions(tuple(self.lengths))
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Take in the keys and values of new tokens.
@@ -240,13 +241,15 @@ class KeyValueCache:
 
     @classmethod
     def join(cls, caches: Sequence[KeyValueCache]) -> KeyValueCache:
-        """Caches, none of them empty, side by side."""
+        """Caches side by side."""
         first = caches[0]
         out = cls(first.window, first.slack, first.coding)
         kept = [cache.num_kept for cache in caches]
         out.lengths = [length for cache in caches for length in cache.lengths]
         out._end = max(kept)
-        columns = [cache.newest(count) for cache, count in zip(caches, kept, strict=True)]
+        kind = next((cache.held for cache in caches if cache.held), ())
+        nothing = tuple(x[:1, :, :0] for x in kind)
+        columns = [c.newest(n) or nothing for c, n in zip(caches, kept, strict=True)]
         out.held = tuple(
             mx.concatenate([_padded(x, out._end, ROOM) for x in part])
             for part in zip(*columns, strict=True)
@@ -254,12 +257,18 @@ class KeyValueCache:
         return out
 
 
+@functools.lru_cache(maxsize=8)
+def _positions(lengths: tuple[int, ...]) -> mx.array:
+    """One array for all layers of a pass, which ask twice each."""
+    return mx.array(lengths)
+
+
 def picked(x: mx.array, indices: Sequence[int]) -> mx.array:
     """Some entries of the first axis, by ascending number."""
     first, last = indices[0], indices[-1]
     if last - first + 1 == len(indices):
         return x[first : last + 1]
-    return mx.take(x, mx.array(indices), axis=0)
+    return mx.take(x, mx.array(list(indices)), axis=0)
 
 
 def _padded(x: mx.array, columns: int, room: int) -> mx.array:
@@ -419,7 +428,7 @@ class SequenceCache:
 
     @classmethod
     def join(cls, caches: Sequence[SequenceCache]) -> SequenceCache:
-        """Caches, none of them empty, side by side."""
+        """Caches side by side; those that have states are not empty."""
         layers = zip(*(cache.layers for cache in caches), strict=True)
         return _gathered([_joined(layer) for layer in layers], 0)
 

@@ -24,6 +24,7 @@ from optiq.engine.drafters.base import Drafter
 from optiq.engine.events import FinishReason, TokenLogprob
 from optiq.engine.kv_cache import SequenceCache
 from optiq.engine.pace import MAX_DRAFTS, Pace, StepTimes
+from optiq.engine.prefill import groups, read
 from optiq.engine.requests import Constraint, Reader, Request
 from optiq.engine.sampling import Row, reported_rows, sampled
 from optiq.engine.scheduler import Limits, Scheduler, Step
@@ -123,8 +124,8 @@ class Loop:
             _guarded([sequence], self._round)
         if together:
             _guarded(self._batch.members, self._pass)
-        for number in step.prefill:
-            _guarded([self._sequences[number]], self._read)
+        for group in groups([self._sequences[number] for number in step.prefill]):
+            _guarded(group, self._read)
         for number in step.decode:
             self._scheduler.grown(number, len(self._sequences[number].tokens))
         self._forget(number for number, s in list(self._sequences.items()) if s.done)
@@ -168,17 +169,15 @@ class Loop:
     # -- reading and writing ---------------------------------------------------------------------
 
     def _read(self, sequences: Sequence[SequenceState]) -> None:
-        """The next chunk of a prompt."""
-        (sequence,) = sequences
-        tokens = sequence.unread[: sequence.parts.popleft()]
-        features = sequence.features_of(tokens)
-        states = self.target.states(as_row(tokens), sequence.cache, features)
-        if self.drafter is not None and self.drafter.reads_states:
-            sequence.state = states[:, -1:]
-            mx.eval(sequence.state)
-        mx.eval(sequence.cache.arrays)
-        if sequence.cache.length in sequence.marks:
-            self.store.keep(sequence, sequence.cache)
+        """The next chunk of each of a group of prompts."""
+        states = read(self.target, sequences)
+        for sequence, state in zip(sequences, states, strict=True):
+            if self.drafter is not None and self.drafter.reads_states:
+                sequence.state = state
+                mx.eval(state)
+            mx.eval(sequence.cache.arrays)
+            if sequence.cache.length in sequence.marks:
+                self.store.keep(sequence, sequence.cache)
 
     def _round(self, sequences: Sequence[SequenceState]) -> None:
         """One round of a sequence: drafts, if it has a drafter, and a token that is no draft."""

@@ -21,7 +21,15 @@ from pathlib import Path
 from typing import Any, cast
 
 from optiq.artifacts import write_atomic
-from optiq.backend import compute_dtype, is_cpu, load_arrays, mx, nn, save_arrays
+from optiq.backend import (
+    compute_dtype,
+    is_cpu,
+    load_arrays,
+    mx,
+    nn,
+    release_memory,
+    save_arrays,
+)
 from optiq.errors import UnsupportedModel, UsageError
 from optiq.models.head import HeadSlices
 from optiq.models.links import (
@@ -45,6 +53,7 @@ from optiq.models.taps import Call, tapped
 __all__ = ["BlockCall", "Link", "StreamedModel"]
 
 _BATCH_TOKENS = 1024 if is_cpu() else 4096
+_CHECKED = 1 << 25  # numbers whose finiteness is looked at together
 _FORMAT = 2  # of the work directory
 
 
@@ -66,6 +75,14 @@ class _Reached(Exception):
 
     def __init__(self, given: Tree) -> None:
         self.given = given
+
+
+def _is_finite(value: mx.array) -> bool:
+    """Whether no number is NaN or inf; the array is evaluated, and looked at a part at a time."""
+    mx.eval(value)
+    flat = value.reshape(-1)
+    parts = (flat[start : start + _CHECKED] for start in range(0, flat.size, _CHECKED))
+    return all(cast(bool, mx.isfinite(part).all().item()) for part in parts)
 
 
 def _block_list(model: nn.Module) -> tuple[str, list[Any]]:
@@ -137,20 +154,17 @@ class StreamedModel:
         return value.astype(self.dtype) if is_float(value) else value
 
     def _load(self, module: nn.Module, prefix: str, keep: Callable[[str], bool]) -> None:
-        """Load the parameters under a prefix and check that they are finite."""
-        chosen = {
-            name.removeprefix(prefix): self._prepared(name, value)
-            for name, value in self.source.weights().items()
-            if keep(name)
-        }
-        finite = [mx.isfinite(value).all() for value in chosen.values()]
-        mx.eval(list(chosen.values()), finite)
-        for name, ok in zip(chosen, finite, strict=True):
-            if not ok.item():
+        """Load the parameters under a prefix, one by one, and check that they are finite."""
+        weights = self.source.weights()
+        chosen: dict[str, mx.array] = {}
+        for name in [name for name in weights if keep(name)]:
+            value = self._prepared(name, weights.pop(name))
+            if not _is_finite(value):
                 raise UsageError(
-                    f"'{prefix}{name}' of {self.source.info.name} holds NaN or inf; get the "
-                    "checkpoint again, or another one"
+                    f"'{name}' of {self.source.info.name} holds NaN or inf; get the checkpoint "
+                    "again, or another one"
                 )
+            chosen[name.removeprefix(prefix)] = value
         module.load_weights(list(chosen.items()), strict=False)
 
     def _drop(self, module: nn.Module, keep: Callable[[str], bool]) -> None:
@@ -161,7 +175,7 @@ class StreamedModel:
             if keep(name)
         ]
         module.load_weights(gone, strict=False)
-        mx.clear_cache()
+        release_memory()
 
     def _is_end(self, name: str) -> bool:
         return not name.startswith(f"{self.prefix}.")

@@ -22,7 +22,7 @@ from optiq.events import Emit, Progress, StageDone, StageStarted, track
 from optiq.models.head import HeadSlices
 from optiq.models.load import Source
 from optiq.models.stream import StreamedModel
-from optiq.models.taps import tapped
+from optiq.models.taps import Call, tapped
 from optiq.numerics.affine import Grid, decode, encode, grouped, pack
 from optiq.numerics.lattice import BITS, find_lattice
 from optiq.quant.grams import GramStore
@@ -82,7 +82,7 @@ class RoundedModel:
             save_arrays(self._file(index), tensors)
             self._emit(Progress("round", index + 1))
 
-        stream.forward(self._grams.add, done)
+        stream.forward(self._add, done)
         for index in range(stream.num_blocks):
             files |= {
                 p: self._file(index) for p in self._infos if p.startswith(f"{inside}{index}.")
@@ -93,6 +93,10 @@ class RoundedModel:
         files |= {p: ends for p in self._infos if not p.startswith(inside)}
         self._emit(StageDone("round"))
         return files
+
+    def _add(self, calls: list[Call]) -> None:
+        """Sum up the inputs of matrices that will be rounded."""
+        self._grams.add([call for call in calls if is_rounded(self.entries[call.path])])
 
     def _file(self, index: int) -> Path:
         return self._work / f"rounded_{index:04d}.safetensors"
@@ -110,10 +114,9 @@ class RoundedModel:
 
     def _round_unseen(self, path: str, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """Tensors of a matrix whose inputs are rows of an embedding, or never came."""
-        info = self._infos[path]
-        quantize = quantizer(self.rounding, None, info.in_dims)
-        entry, weight = self.entries[path], weights[f"{path}.weight"]
-        return rounded_tensors(info, entry, weight, quantize, self.source)
+        info, entry = self._infos[path], self.entries[path]
+        quantize = quantizer(self.rounding, None, info.in_dims) if is_rounded(entry) else None
+        return rounded_tensors(info, entry, weights[f"{path}.weight"], quantize, self.source)
 
     def _round_ends(self, stream: StreamedModel, file: Path) -> None:
         """Embeddings, head and other matrices outside the blocks."""
@@ -128,6 +131,11 @@ class RoundedModel:
                 tensors |= self._round_unseen(info.path, weights)
         save_arrays(file, tensors)
         self._emit(Progress("round", stream.num_blocks + 1))
+
+
+def is_rounded(entry: PlanEntry) -> bool:
+    """Whether an option moves weights; a lattice and `keep` do not."""
+    return entry.option.kind not in ("keep", "lattice")
 
 
 def round_without_data(source: Source, plan: BitPlan, file: Path, emit: Emit) -> dict[str, Path]:
@@ -146,9 +154,9 @@ def round_without_data(source: Source, plan: BitPlan, file: Path, emit: Emit) ->
     weights = source.weights()
     tensors: dict[str, mx.array] = {}
     for info in track(source.modules, emit, "round", len(source.modules), "matrices"):
-        quantize = quantizer(plan.rounding, None, info.in_dims)
-        weight = weights.pop(f"{info.path}.weight")
-        tensors |= rounded_tensors(info, entries[info.path], weight, quantize, source)
+        entry, weight = entries[info.path], weights.pop(f"{info.path}.weight")
+        quantize = quantizer(plan.rounding, None, info.in_dims) if is_rounded(entry) else None
+        tensors |= rounded_tensors(info, entry, weight, quantize, source)
     save_arrays(file, tensors)
     return dict.fromkeys(entries, file)
 
@@ -226,7 +234,7 @@ def rounded_tensors(
     info: ModuleInfo,
     entry: PlanEntry,
     weight: mx.array,
-    quantize: RowQuantizer,
+    quantize: RowQuantizer | None,
     source: Source,
 ) -> dict[str, mx.array]:
     """The stored tensors of one module: `weight`, and `scales` and `biases` when quantized.
@@ -235,15 +243,13 @@ def rounded_tensors(
         info: the module.
         entry: its option.
         weight: (..., in) in the source dtype.
-        quantize: rounds (rows, in) float32 matrices; from `quantizer`.
+        quantize: rounds (rows, in) float32 matrices; from `quantizer`. Needed where the option
+            `is_rounded`.
         source: gives the stored dtype.
     """
     option = entry.option
     if option.kind == "keep":
         return {f"{info.path}.weight": weight}
-    if option.kind == "lattice":
-        codes, grid = _lattice_codes(info, weight, source)
-        return _stored(info, pack(codes, BITS), grid, source.dtype)
     packed, scales, biases = [], [], []
     for codes, grid in _parts(info, option, weight, quantize, source):
         packed.append(pack(codes, option.bits))
@@ -264,34 +270,46 @@ def dense_rounded(
     """A module's weights after rounding to an option: float32, shaped like `weight`."""
     if option.kind == "keep":
         return weight.astype(mx.float32)
-    if option.kind == "lattice":
-        codes, grid = _lattice_codes(info, weight, source)
-        return decode(grouped(codes, option.group_size), grid).reshape(weight.shape)
-    parts = _parts(info, option, weight, quantize, source)
-    dense = [decode(grouped(codes, option.group_size), grid) for codes, grid in parts]
-    return mx.concatenate(dense).reshape(weight.shape)
+    dense = mx.zeros((weight.size // info.in_dims, info.in_dims), dtype=mx.float32)
+    start = 0
+    for codes, grid in _parts(info, option, weight, quantize, source):
+        stop = start + codes.shape[0]
+        dense[start:stop] = decode(grouped(codes, option.group_size), grid).reshape(codes.shape)
+        mx.eval(dense)  # in place, so that there are never two of it
+        start = stop
+    return dense.reshape(weight.shape)
 
 
-def _lattice_codes(info: ModuleInfo, weight: mx.array, source: Source) -> tuple[mx.array, Grid]:
-    """Codes of the grid that the weights lie on, shaped like them, and the grid."""
-    lattice = find_lattice(weight, source.dtype)
+def _parts(
+    info: ModuleInfo,
+    option: QuantOption,
+    weight: mx.array,
+    quantize: RowQuantizer | None,
+    source: Source,
+) -> Iterator[tuple[mx.array, Grid]]:
+    """The rounded rows of a module, a slice of bounded size at a time."""
+    rows = weight.reshape(-1, info.in_dims)
+    grid = _lattice_grid(info, rows, source) if option.kind == "lattice" else None
+    step = max(1, _CHUNK_WEIGHTS // info.in_dims)
+    for start in range(0, rows.shape[0], step):
+        stop = start + step
+        part = rows[start:stop].astype(mx.float32)
+        if grid is None:
+            assert quantize is not None
+            yield quantize(part, option, source.info.dtype)
+        else:
+            own = Grid(grid.scales[start:stop], grid.biases[start:stop])
+            yield encode(grouped(part, LATTICE_GROUP_SIZE), own, BITS).reshape(part.shape), own
+
+
+def _lattice_grid(info: ModuleInfo, rows: mx.array, source: Source) -> Grid:
+    """The grid that the rows of a module lie on."""
+    lattice = find_lattice(rows, source.dtype)
     if lattice is None:
         raise ArtifactMismatch(
             f"{info.path} lies on no grid, so 'lattice' is not possible; plan it again"
         )
-    groups = grouped(weight.astype(mx.float32), LATTICE_GROUP_SIZE)
-    return encode(groups, lattice.grid, BITS).reshape(weight.shape), lattice.grid
-
-
-def _parts(
-    info: ModuleInfo, option: QuantOption, weight: mx.array, quantize: RowQuantizer, source: Source
-) -> Iterator[tuple[mx.array, Grid]]:
-    """The rounded rows of a module, a slice of bounded size at a time."""
-    rows = weight.reshape(-1, info.in_dims)
-    step = max(1, _CHUNK_WEIGHTS // info.in_dims)
-    for start in range(0, rows.shape[0], step):
-        part = rows[start : start + step].astype(mx.float32)
-        yield quantize(part, option, source.info.dtype)
+    return lattice.grid
 
 
 def _stored(info: ModuleInfo, words: mx.array, grid: Grid, dtype: mx.Dtype) -> dict[str, mx.array]:
