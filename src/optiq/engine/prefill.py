@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from optiq.backend import mx
+from optiq.backend import is_cuda, mx
 from optiq.engine.kv_cache import SequenceCache
 from optiq.engine.sequence import SequenceState
 from optiq.engine.target import Target, as_row
 
 _MOST_PADDING = 1.25
+_CUDA_STEP = 64
+"""Widths of passes are multiples of this on CUDA, which plans attention anew for every shape."""
 _FILLER = 0
 """Token id in the places of a shorter chunk; nothing sees it, and it is taken back."""
 
@@ -68,7 +70,8 @@ def read(target: Target, group: Sequence[SequenceState]) -> list[mx.array]:
 def _side_by_side(
     target: Target, group: Sequence[SequenceState], chunks: Sequence[Sequence[int]]
 ) -> list[mx.array]:
-    width = max(map(len, chunks))
+    step = _CUDA_STEP if is_cuda() else 1
+    width = step * -(-max(map(len, chunks)) // step)
     padding = [width - len(chunk) for chunk in chunks]
     rows = [[*chunk, *[_FILLER] * missing] for chunk, missing in zip(chunks, padding, strict=True)]
     cache = SequenceCache.join([sequence.cache for sequence in group])

@@ -34,6 +34,7 @@ from optiq.models.taps import Call, tapped
 from optiq.numerics.affine import Grid, decode, encode, grouped, minmax_grid
 from optiq.numerics.lattice import BITS, Lattice, find_lattice
 from optiq.quant.grams import GramStore
+from optiq.quant.kept_calls import KeptCalls
 from optiq.quant.ratios import (
     Sampled,
     at_columns,
@@ -430,29 +431,19 @@ class Sketch:
 
     def _block(self, index: int, cotangents: dict[Link, mx.array]) -> None:
         """Pass B on one block."""
-        uses: dict[str, list[tuple[int, Call]]] = {}
-        shared: dict[int, mx.array] = {}
+        kept = KeptCalls(self.stream.work)
 
         def visit(rows: slice, calls: list[Call]) -> None:
             self._grams.add(_at_sampled_columns([call for call in calls if call.g is not None]))
-            for call in calls:
-                if call.g is None:
-                    continue
-                key = id(call.x)
-                if key not in shared:
-                    shared[key] = call.x.astype(mx.bfloat16)
-                kept = Call(call.path, shared[key], call.indices, call.lookup)
-                kept.g = call.g.astype(mx.bfloat16)
-                uses.setdefault(call.path, []).append((rows.start, kept))
-            mx.eval([c.g for u in uses.values() for _, c in u[-1:]], list(shared.values()))
-            shared.clear()
+            kept.add(rows.start, calls)
 
         self.stream.backward(index, cotangents, visit)
         sampled = self._sampled()
         weights = self.source.weights()
-        for path in list(uses):
-            weight = weights[f"{path}.weight"]
-            self._score_module(self.infos[path], weight, uses.pop(path), sampled.pop(path, None))
+        for path in kept.paths:
+            weight = weights.pop(f"{path}.weight")
+            self._score_module(self.infos[path], weight, kept.pop(path), sampled.pop(path, None))
+        kept.close()
 
     def _score_module(
         self,

@@ -327,7 +327,7 @@ def _engine_options(options: WorkerOptions) -> EngineOptions:
 
 
 def _warm(engine: Engine) -> None:
-    """Write a few tokens, alone and side by side, and make ready for grammars.
+    """Read and write a few tokens, alone and side by side, and make ready for grammars.
 
     No request then waits for compilation.
 
@@ -338,4 +338,7 @@ def _warm(engine: Engine) -> None:
     for count in (1, 2):
         for answer in engine.generate_choices(token, choices=count, temperature=0, max_tokens=3):
             answer.result()
+    unequal = [engine.generate([0] * n, temperature=0, max_tokens=2) for n in (8, 7)]
+    for answer in unequal:  # their prompts share a pass
+        answer.result()
     engine.prepare_grammars()
