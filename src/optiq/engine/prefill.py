@@ -9,7 +9,8 @@ from optiq.engine.kv_cache import SequenceCache
 from optiq.engine.sequence import SequenceState
 from optiq.engine.target import Target, as_row
 
-_MOST_PADDING = 1.25
+MOST_PADDING = 1.25
+"""Tokens of a pass over those that are not padding, at most."""
 _CUDA_STEP = 64
 """Widths of passes are multiples of this on CUDA, which plans attention anew for every shape."""
 _FILLER = 0
@@ -41,7 +42,7 @@ def _joins(sequence: SequenceState, group: Sequence[SequenceState]) -> bool:
     if any(sequence is other for other in group) or not all(map(_can_share, everyone)):
         return False
     sizes = [other.parts[0] for other in everyone]
-    return len(sizes) * max(sizes) <= _MOST_PADDING * sum(sizes)
+    return len(sizes) * max(sizes) <= MOST_PADDING * sum(sizes)
 
 
 def _can_share(sequence: SequenceState) -> bool:

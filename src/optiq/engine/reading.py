@@ -14,6 +14,7 @@ import numpy as np
 from optiq.backend import mx
 from optiq.engine.events import TokenLogprob
 from optiq.engine.kv_cache import SequenceCache
+from optiq.engine.prefill import MOST_PADDING
 from optiq.engine.prompts import Prompt
 from optiq.engine.sampling import reported_rows
 from optiq.engine.target import Target, as_row
@@ -110,18 +111,41 @@ def embedded(
         special: tokens that do not count.
         lock: held while the model runs.
     """
-    out = []
-    for tokens in texts:
-        cache, total = target.make_cache(), None
-        for part in parts(Prompt(tuple(tokens)), None):
-            counts = mx.array([float(token not in special) for token in part.tokens])
+    vectors: dict[int, np.ndarray] = {}
+    for group in _alike([len(tokens) for tokens in texts]):
+        shape = len(group), max(len(texts[number]) for number in group)
+        ids, counts = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
+        for row, number in enumerate(group):  # what pads a text comes behind it: nothing sees it
+            tokens = texts[number]
+            ids[row, : len(tokens)] = tokens
+            counts[row, : len(tokens)] = [token not in special for token in tokens]
+        cache, total = target.make_cache(), mx.array(0.0)
+        width = _CHUNK // len(group)
+        for start in range(0, shape[1], width):
+            columns = slice(start, start + width)
             with lock:
-                states = target.hidden(as_row(part.tokens), cache)[0].astype(mx.float32)
-                own = counts @ states
-                total = own if total is None else total + own
+                states = target.hidden(mx.array(ids[:, columns]), cache).astype(mx.float32)
+                total = total + (mx.array(counts[:, None, columns]) @ states)[:, 0]
                 mx.eval(total, cache.arrays)
             yield
-        assert total is not None
-        vector = np.array(total, dtype=np.float64)  # the mean has the same direction
-        out.append((vector / np.linalg.norm(vector)).astype(np.float32))
-    return out  # noqa: B901  the result of the steps
+        vectors |= zip(group, np.array(total, dtype=np.float64), strict=True)
+    return [_unit(vectors[number]) for number in range(len(texts))]  # noqa: B901  the result
+
+
+def _unit(vector: np.ndarray) -> np.ndarray:
+    """Of length 1; a sum has the direction of the mean."""
+    unit: np.ndarray = (vector / np.linalg.norm(vector)).astype(np.float32)
+    return unit
+
+
+def _alike(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Numbers of texts that are read together: in a chunk, with a quarter of padding at most."""
+    group: list[int] = []
+    for number in sorted(range(len(lengths)), key=lambda n: lengths[n]):
+        used = sum(lengths[other] for other in group) + lengths[number]
+        if group and (len(group) + 1) * lengths[number] > min(_CHUNK, MOST_PADDING * used):
+            yield group
+            group = []
+        group.append(number)
+    if group:
+        yield group
