@@ -68,18 +68,19 @@ def main() -> None:
             break
         if not (killed / "out" / "model").exists():
             subprocess.run(command(killed), check=True)
-        same = digests(calm / "out" / "model") == digests(killed / "out" / "model")
+        one, other = (digests(root / "out" / "model") for root in (calm, killed))
+        differ = sorted(name for name in one | other if one.get(name) != other.get(name))
         left = [path.name for path in (killed / "out").iterdir() if path.name != "model"]
         result = {
             "undisturbed_s": round(whole_s, 1),
             "killed_after_s": moments,
-            "same_bytes": same,
+            "differ": differ,
             "left_behind": left,
         }
     print(json.dumps(result))
     if args.out:
         args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    sys.exit(0 if same and not left and len(moments) == args.kills else 1)
+    sys.exit(0 if not differ and not left and len(moments) == args.kills else 1)
 
 
 if __name__ == "__main__":

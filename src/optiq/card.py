@@ -350,7 +350,9 @@ def _measured(table: SensitivityTable, num_matrices: int) -> list[Row]:
 def widths(plan: BitPlan) -> str:
     """Matrices and share of the weights of every option, most bits first."""
     total = _weights(plan.entries)
-    options = sorted({e.option for e in plan.entries}, key=lambda o: (-o.bits, o.group_size))
+    options = sorted(
+        {e.option for e in plan.entries}, key=lambda o: (-o.bits, o.group_size, o.kind)
+    )
     names = {KEEP: plan.source.dtype, LATTICE: "4/32 on the source's grid"}
     rows = []
     for option in options:

@@ -5,6 +5,8 @@ After a wanted change: `python tests/unit/test_release.py`.
 
 import json
 import re
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -261,3 +263,30 @@ if __name__ == "__main__":
     for each, make in CARDS.items():
         with tempfile.TemporaryDirectory() as scratch:
             (GOLDEN / f"{each}.md").write_text(make(Path(scratch)).read_text())
+
+
+WIDTHS = """
+from optiq.artifacts import LATTICE, BitPlan, PlanEntry, QuantOption, SourceInfo
+from optiq.card import widths
+
+options = [QuantOption("affine", 4, 32), LATTICE, QuantOption("affine", 4, 64)]
+source = SourceInfo("s", None, "f", "llama", "bfloat16", 1, 1)
+entries = [PlanEntry(f"m.{n}", "linear", (64, 64), o, 9, 0.0) for n, o in enumerate(options)]
+print(widths(BitPlan(source, tuple(entries), "5 bpw", "gptq", 5.0, 27, 99, 0.0, 0.0)))
+"""
+
+
+def test_options_of_equal_width_have_an_order():
+    """Hashes of strings differ from process to process, and so does the order of a set."""
+    tables = {
+        subprocess.run(
+            [sys.executable, "-c", WIDTHS],
+            env={"PYTHONHASHSEED": str(seed)},
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+        for seed in range(6)
+    }
+    assert len(tables) == 1
+    assert "source's grid" in tables.pop()
