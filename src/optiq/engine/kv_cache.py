@@ -428,7 +428,9 @@ class SequenceCache:
 
     @classmethod
     def join(cls, caches: Sequence[SequenceCache]) -> SequenceCache:
-        """Caches side by side; those that have states are not empty."""
+        """Caches side by side, a single one as it is; those that have states are not empty."""
+        if len(caches) == 1:
+            return caches[0]
         layers = zip(*(cache.layers for cache in caches), strict=True)
         return _gathered([_joined(layer) for layer in layers], 0)
 

@@ -314,7 +314,7 @@ class _Batch:
 
     def consists_of(self, members: Sequence[SequenceState]) -> bool:
         """Whether these are the members, in any order."""
-        return len(members) == len(self.members) and all(_among(m, members) for m in self.members)
+        return len(members) == len(self.members) and all(m in members for m in self.members)
 
     def cache_of(self, sequence: SequenceState) -> SequenceCache:
         """The past of a sequence, member or not."""
@@ -328,25 +328,19 @@ class _Batch:
 
         Cost: a copy of all keys and values, but for a single sequence.
         """
-        staying = [i for i, member in enumerate(self.members) if _among(member, members)]
+        staying = [i for i, member in enumerate(self.members) if member in members]
         for index, member in enumerate(self.members):
             if index not in staying and not member.done:
                 member.cache = self.cache.row(index, member.cache.length)
         kept = [self.members[index] for index in staying]
-        joining = [member for member in members if not _among(member, kept)]
+        joining = [member for member in members if member not in kept]
         parts = [self.cache.rows(staying)] if staying else []
         parts += [member.cache for member in joining]
         self.members, self.flight = kept + joining, None
-        self.cache = SequenceCache.join(parts) if len(parts) > 1 else SequenceCache(())
-        if len(parts) == 1:
-            self.cache = parts[0]
+        self.cache = SequenceCache.join(parts)
         for member in joining:
             member.cache = SequenceCache.elsewhere(member.cache.length)
         mx.eval(self.cache.arrays)
-
-
-def _among(sequence: SequenceState, sequences: Sequence[SequenceState]) -> bool:
-    return any(sequence is other for other in sequences)
 
 
 def accepted(drafts: Sequence[int], drawn: Sequence[int]) -> int:

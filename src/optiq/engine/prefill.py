@@ -39,7 +39,7 @@ def groups(sequences: Sequence[SequenceState]) -> Iterator[list[SequenceState]]:
 
 def _joins(sequence: SequenceState, group: Sequence[SequenceState]) -> bool:
     everyone = [*group, sequence]
-    if any(sequence is other for other in group) or not all(map(_can_share, everyone)):
+    if sequence in group or not all(map(_can_share, everyone)):
         return False
     sizes = [other.parts[0] for other in everyone]
     return len(sizes) * max(sizes) <= MOST_PADDING * sum(sizes)
