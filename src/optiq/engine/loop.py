@@ -23,8 +23,8 @@ from optiq.engine import ranks
 from optiq.engine.drafters.base import Drafter
 from optiq.engine.events import FinishReason, TokenLogprob
 from optiq.engine.kv_cache import SequenceCache
-from optiq.engine.pace import MAX_DRAFTS, Pace, StepTimes
-from optiq.engine.prefill import groups, read
+from optiq.engine.pace import MAX_DRAFTS, Experience, Pace
+from optiq.engine.prefill import groups, read, step_tokens
 from optiq.engine.requests import Constraint, Reader, Request
 from optiq.engine.sampling import Row, reported_rows, sampled
 from optiq.engine.scheduler import Limits, Scheduler, Step
@@ -59,12 +59,13 @@ class Loop:
         self._run_ahead = not is_cpu() if run_ahead is None else run_ahead
         self.target, self.drafter = target, drafter
         self._suppressed = tuple(suppressed)
-        limits = limits or Limits()
-        self.store = Store(target, storage or Storage(), limits.prefill_tokens)
+        tokens = step_tokens(limits or Limits())
+        limits = dataclasses.replace(limits or Limits(), prefill_tokens=tokens)
+        self.store = Store(target, storage or Storage(), tokens)
         self._scheduler = Scheduler(self._begin, limits, self.store.memory)
         self._sequences: dict[int, SequenceState] = {}
         self._numbers = itertools.count()
-        self._times = StepTimes()
+        self._experience = Experience()
         self._sharing = Sharing()
         self._batch = _Batch()
 
@@ -94,7 +95,7 @@ class Loop:
     def _drafting(self, request: Request) -> Drafting | None:
         if self.drafter is None or request.num_drafts == 0:
             return None
-        pace = Pace(self._times, request.num_drafts)
+        pace = Pace(self._experience, request.num_drafts)
         return Drafting(self.drafter.name, self.drafter.start(), pace)
 
     @functools.cached_property

@@ -2,7 +2,8 @@
 
 With c_i the chance that draft i is right given that those before it were, a round of k drafts
 writes 1 + c_1 + c_1 c_2 + ... tokens on average. Of all k the one with the most tokens a second is
-taken. Where that is none, drafting is off, and tried again ever more rarely.
+taken. Where that is none, drafting is off, and tried again ever more rarely: in the same sequence,
+and in those that begin, so that many short answers do not each pay for finding out.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ _KEPT_TIMES = 7
 _DECAY = 0.97
 _MIN_GAIN = 1.02
 _PLAIN_EVERY = 64
-_FIRST_PAUSE, _LONGEST_PAUSE = 32, 1024
+_FIRST_PAUSE, _LONGEST_PAUSE = 32, 512
+_PROVEN = 4  # rounds with drafts that are enough to know that they pay
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,16 +81,63 @@ class StepTimes:
         return bool(self._seen[count])
 
 
+@dataclasses.dataclass(frozen=True)
+class _Rounds:
+    """Sums over rounds with drafts."""
+
+    rounds: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def plus(self, tokens: int, seconds: float) -> _Rounds:
+        return _Rounds(self.rounds + 1, self.tokens + tokens, self.seconds + seconds)
+
+
+class Experience:
+    """What the sequences of a model know together of its drafter.
+
+    Attributes:
+        times: of rounds.
+    """
+
+    def __init__(self) -> None:
+        self.times = StepTimes()
+        self._wait = 0
+        self._next_wait = _FIRST_PAUSE
+
+    @property
+    def may_look(self) -> bool:
+        """Whether a sequence that begins tries drafts."""
+        return self._wait == 0
+
+    def plain_step(self) -> None:
+        """A sequence took a step without drafts."""
+        self._wait = max(0, self._wait - 1)
+
+    def failed(self) -> int:
+        """Drafts did not pay for a sequence that began; returns the plain steps to wait now."""
+        self._wait = self._next_wait
+        self._next_wait = min(2 * self._next_wait, _LONGEST_PAUSE)
+        return self._wait
+
+    def paid(self) -> None:
+        """Drafts pay for a sequence, so others try them when they begin."""
+        self._wait, self._next_wait = 0, _FIRST_PAUSE
+
+
 class Pace:
     """The number of drafts for one sequence, round by round.
 
     Args:
-        times: of the model, shared by its sequences.
+        experience: shared by the sequences of a model.
         fixed: this many always; None to decide by measurement.
     """
 
-    def __init__(self, times: StepTimes, fixed: int | None = None) -> None:
-        self._times, self._fixed = times, fixed
+    def __init__(self, experience: Experience, fixed: int | None = None) -> None:
+        self._experience, self._fixed = experience, fixed
+        self._times = experience.times
+        self._looked = False
+        self._since_off = _Rounds()
         self._tried = [0.0] * MAX_DRAFTS
         self._right = [0.0] * MAX_DRAFTS
         self._steps_since_plain = 0
@@ -111,12 +160,17 @@ class Pace:
         if self._pause > 0:
             return 0
         if not self._tried[0]:
-            return _FIRST
+            return _FIRST if self._looked or self._experience.may_look else 0
         best = self._best()
         if best == 0:
+            if not self._looked:
+                self._next_pause = self._experience.failed()
+            self._looked = True
             self._pause = self._next_pause
             self._next_pause = min(2 * self._next_pause, _LONGEST_PAUSE)
-        else:
+        elif self._proven:
+            self._experience.paid()
+            self._looked = True
             self._next_pause = _FIRST_PAUSE
         return best
 
@@ -137,15 +191,26 @@ class Pace:
         self._count(count, accepted)
         if count:
             self.rounds += 1
+            self._since_off = self._since_off.plus(tokens, seconds)
             self._steps_since_plain += 1
             return
         self.plain_steps += 1
+        self._experience.plain_step()
         self._steps_since_plain = 0
         if self._pause > 0:
             self._pause -= 1
             if self._pause == 0:  # one more look, with the memory of failure faded
+                self._since_off = _Rounds()
                 self._tried = [0.0] * MAX_DRAFTS
                 self._right = [0.0] * MAX_DRAFTS
+
+    @property
+    def _proven(self) -> bool:
+        """Whether the rounds since drafts were last off were faster than plain steps."""
+        plain, since = self._times.of(0), self._since_off
+        return (
+            plain is not None and since.rounds >= _PROVEN and since.tokens * plain > since.seconds
+        )
 
     def report(self, drafter: str) -> DraftReport:
         """What the drafter was good for so far."""

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from optiq.engine.pace import MAX_DRAFTS, Pace, StepTimes
+from optiq.engine.pace import MAX_DRAFTS, Experience, Pace, StepTimes
 
 
 def drive(pace, chance, seconds, rounds, seed=0):
@@ -22,7 +22,7 @@ def drive(pace, chance, seconds, rounds, seed=0):
 
 
 def speedup(chance, seconds, rounds=600):
-    pace = Pace(StepTimes())
+    pace = Pace(Experience())
     total, counts = drive(pace, chance, seconds, rounds)
     return seconds(0) * pace.tokens / total, counts
 
@@ -33,6 +33,10 @@ def cheap(count):
 
 def dear(count):
     return 10 + 4.0 * count
+
+
+def as_dear_as_the_model(count):
+    return 10 + 7 * count
 
 
 def test_a_good_and_cheap_drafter_drafts_much():
@@ -55,7 +59,7 @@ def test_one_that_does_not_pay_is_switched_off(chance):
 
 
 def test_it_is_tried_again_when_the_text_changes():
-    pace = Pace(StepTimes())
+    pace = Pace(Experience())
     drive(pace, 0.0, cheap, 300)
     _, counts = drive(pace, 0.95, cheap, 900)
     assert counts[-1] > 2
@@ -76,11 +80,47 @@ def test_times_are_shared_and_guessed_from_others():
     assert times.of(2) == pytest.approx(2.0)
     assert times.measured(0)
     assert not times.measured(2)
-    assert Pace(times).next() > 0  # no plain step is needed again
+    experience = Experience()
+    experience.times.add(0, 1.0)
+    assert Pace(experience).next() > 0  # no plain step is needed again
+
+
+def answers(experience, chance, seconds, count, steps=48):
+    """Speed-up over `count` short answers, and the drafts of each."""
+    plain, taken, drafts = 0.0, 0.0, []
+    for seed in range(count):
+        pace = Pace(experience)
+        total, counts = drive(pace, chance, seconds, steps, seed)
+        plain, taken = plain + seconds(0) * pace.tokens, taken + total
+        drafts.append(sum(counts))
+    return plain / taken, drafts
+
+
+def test_short_answers_do_not_each_find_out_that_drafts_do_not_pay():
+    experience = Experience()
+    gain, drafts = answers(experience, 0.45, as_dear_as_the_model, 80)
+    assert gain > 0.97
+    assert drafts[0] > 0
+    assert 0 < sum(drafts[40:]) < 10 * 8
+    # when they begin to pay, that is found out, and later answers draft at once
+    gain, drafts = answers(experience, 1.0, as_dear_as_the_model, 80)
+    assert gain > 1.1
+    assert all(drafts[-40:])
+
+
+def test_one_text_that_drafts_do_not_suit_does_not_stop_them_for_others():
+    experience = Experience()
+    good, bad = Pace(experience), Pace(experience)
+    for seed in range(200):
+        drive(good, 0.9, cheap, 3, seed)
+        drive(bad, 0.0, cheap, 3, seed)
+    assert good.drafted > 5 * good.rounds
+    assert bad.rounds < 60
+    assert Pace(experience).next() > 0
 
 
 def test_a_fixed_number_stays():
-    pace = Pace(StepTimes(), fixed=5)
+    pace = Pace(Experience(), fixed=5)
     _, counts = drive(pace, 0.0, dear, 50)
     assert set(counts) == {5}
     report = pace.report("x")
@@ -91,7 +131,7 @@ def test_a_fixed_number_stays():
 
 
 def test_the_report_of_a_mixed_run():
-    pace = Pace(StepTimes())
+    pace = Pace(Experience())
     for count, right, seconds in [(0, 0, 1.0), (4, 4, 2.0), (4, 2, 2.0)]:
         pace.record(count, right, right + 1, seconds)
     report = pace.report("x")
