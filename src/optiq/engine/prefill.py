@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from optiq.backend import is_cuda, mx
 from optiq.engine.kv_cache import SequenceCache
+from optiq.engine.scheduler import PREFILL_TOKENS, Limits
 from optiq.engine.sequence import SequenceState
 from optiq.engine.target import Target, as_row
 
@@ -13,8 +14,17 @@ MOST_PADDING = 1.25
 """Tokens of a pass over those that are not padding, at most."""
 _CUDA_STEP = 64
 """Widths of passes are multiples of this on CUDA, which plans attention anew for every shape."""
+_CUDA_TOKENS = 2048
 _FILLER = 0
 """Token id in the places of a shorter chunk; nothing sees it, and it is taken back."""
+
+
+def step_tokens(limits: Limits) -> int:
+    """Tokens of prompts that a step reads at most, and the most in one chunk.
+
+    On CUDA 2,048 where the limits do not say: every pass unpacks all weights, whatever it reads.
+    """
+    return limits.prefill_tokens or (_CUDA_TOKENS if is_cuda() else PREFILL_TOKENS)
 
 
 def groups(sequences: Sequence[SequenceState]) -> Iterator[list[SequenceState]]:

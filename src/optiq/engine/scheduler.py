@@ -17,6 +17,8 @@ import dataclasses
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
+PREFILL_TOKENS = 512
+"""Tokens of prompts read in a step where nobody says how many."""
 GROWTH = 32
 """Tokens by which a sequence grows in a step at most."""
 
@@ -29,11 +31,12 @@ class Limits:
 
     Attributes:
         running: sequences that are read or written at a time.
-        prefill_tokens: tokens of prompts read in a step; a single chunk may be longer.
+        prefill_tokens: tokens of prompts read in a step; a single chunk may be longer. None for
+            what suits the device, see `engine.prefill.step_tokens`.
     """
 
     running: int = 32
-    prefill_tokens: int = 512
+    prefill_tokens: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,7 +206,7 @@ class Scheduler:
 
     def _prefill(self) -> tuple[int, ...]:
         prefill: list[int] = []
-        budget = self.limits.prefill_tokens
+        budget = self.limits.prefill_tokens or PREFILL_TOKENS
         for number in self._running:
             chunks = self._chunks[number]
             while chunks and (chunks[0] <= budget or not prefill):

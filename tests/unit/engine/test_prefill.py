@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from optiq.backend import mx
+from optiq.engine import prefill
 from optiq.engine.prefill import groups, read
+from optiq.engine.scheduler import PREFILL_TOKENS, Limits
 from optiq.engine.sequence import SequenceState
 from optiq.engine.target import Gemma4Target
 from tests import gemma4
@@ -106,3 +108,12 @@ def test_a_prompt_with_an_image_is_read_alone():
         read(target, group)
     assert found[0] == [plain]
     assert all(group == [pictured] for group in found[1:])
+
+
+def test_a_step_reads_what_was_asked_for_or_what_suits_the_device(monkeypatch):
+    assert prefill.step_tokens(Limits(prefill_tokens=7)) == 7
+    monkeypatch.setattr(prefill, "is_cuda", lambda: False)
+    assert prefill.step_tokens(Limits()) == PREFILL_TOKENS
+    monkeypatch.setattr(prefill, "is_cuda", lambda: True)
+    assert prefill.step_tokens(Limits()) > PREFILL_TOKENS
+    assert prefill.step_tokens(Limits(prefill_tokens=7)) == 7
