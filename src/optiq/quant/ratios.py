@@ -71,6 +71,7 @@ def rounding_errors(
     matrix: mx.array,
     rounding: Rounding,
     dtype: str,
+    numbers: npt.NDArray[np.int64] | None = None,
 ) -> dict[str, Sampled]:
     """Errors of min/max rounding and of the final one, by module.
 
@@ -80,6 +81,7 @@ def rounding_errors(
         matrix: Gram matrix of the inputs at `sampled_columns`, (c, c).
         rounding: the rounding convert will use; with `rtn` there is nothing to compare.
         dtype: stored dtype of scales and biases.
+        numbers: of the rows; `sampled_rows` by default.
 
     Returns:
         By path, errors for every option of `artifacts.menu`, in its order.
@@ -91,16 +93,16 @@ def rounding_errors(
     if rounding == "rtn" or not options:
         return {}
     columns = sampled_columns(infos[0].in_dims)
-    numbers = [sampled_rows(w.size // w.shape[-1]) for w in weights]
+    chosen = [sampled_rows(w.size // w.shape[-1]) if numbers is None else numbers for w in weights]
     rows = [
         np.array(at_columns(w.reshape(-1, w.shape[-1])[mx.array(at)], columns).astype(mx.float32))
-        for w, at in zip(weights, numbers, strict=True)
+        for w, at in zip(weights, chosen, strict=True)
     ]
     errors = host_errors if is_cpu() else device.sampled_errors
     given = np.concatenate(rows), options, np.array(matrix), rounding, dtype
     before, after = (mx.stack(parts, axis=1) for parts in errors(*given))
     found, start = {}, 0
-    for info, at in zip(infos, numbers, strict=True):
+    for info, at in zip(infos, chosen, strict=True):
         part = slice(start, start + len(at))
         start = part.stop
         found[info.path] = Sampled(at, columns, before[part], after[part])
@@ -127,6 +129,25 @@ def squared_sums(
     by_row = gradient.swapaxes(0, 1)  # (n, sequences, c)
     before, after = (
         ((by_row @ errors[start:stop].swapaxes(-1, -2)) ** 2).sum(axis=(0, 1))
+        for errors in (sampled.before, sampled.after)
+    )
+    return np.array(before), np.array(after)
+
+
+def squared_lookups(
+    sampled: Sampled, gradient: mx.array, rows: npt.NDArray[np.integer]
+) -> tuple[FloatArray, FloatArray]:
+    """Sums of s^2 over the sampled rows of a table in one sequence, for both roundings: (options,).
+
+    Args:
+        sampled: errors of the table.
+        gradient: of the loss by the rows that the sequence uses, (u, in) float32.
+        rows: their numbers, (u,).
+    """
+    _, used, known = np.intersect1d(rows, sampled.rows, return_indices=True)
+    own = at_columns(gradient[mx.array(used)], sampled.columns)[..., None]
+    before, after = (
+        ((errors[mx.array(known)] @ own) ** 2).sum(axis=(0, 2))
         for errors in (sampled.before, sampled.after)
     )
     return np.array(before), np.array(after)

@@ -141,23 +141,24 @@ def _sketched(
     scores = sketch.run()
     if group.size() > 1:
         for score in scores.values():
-            whole = np.zeros((len(tokens), score.s.shape[1]), np.float32)
-            whole[first : first + len(score.s)] = score.s
-            score.s = np.array(mx.distributed.all_sum(mx.array(whole), group=group))
-            score.sums = np.array(mx.distributed.all_sum(mx.array(score.sums), group=group))
+            for use in (score.products, score.lookups):
+                whole = np.zeros((len(tokens), use.s.shape[1]), np.float32)
+                whole[first : first + len(use.s)] = use.s
+                use.s = np.array(mx.distributed.all_sum(mx.array(whole), group=group))
+                use.sums = np.array(mx.distributed.all_sum(mx.array(use.sums), group=group))
     return scores, tokens[:, 0]
 
 
 def module_scores(info: ModuleInfo, scores: Scores, window: int, source: Source) -> ModuleScores:
-    """Mean and standard error of s^2 / (2 T), times the rounding ratio.
+    """Mean and standard error of s^2 / (2 T), with s as the final rounding leaves it.
 
     A grid that gives the source back in its own dtype costs nothing, as keeping it does: what is
     left is the rounding of the checkpoint itself.
     """
-    samples = scores.s.astype(np.float64) ** 2 / (2 * window)
-    mean = samples.mean(axis=0) * scores.ratios
+    samples = scores.scaled.astype(np.float64) ** 2 / (2 * window)
+    mean = samples.mean(axis=0)
     count = max(len(samples) - 1, 1)
-    error = samples.std(axis=0) / np.sqrt(count) * scores.ratios
+    error = samples.std(axis=0) / np.sqrt(count)
     itemsize = source.info.itemsize
     if is_exact(scores.lattice):
         at = scores.options.index(LATTICE)
@@ -168,7 +169,7 @@ def module_scores(info: ModuleInfo, scores: Scores, window: int, source: Source)
             float(mean[n]),
             float(error[n]),
             option.size_bytes(info.shape, itemsize),
-            "exact" if option == LATTICE or scores.ratios[n] == 1 else "ratio",
+            "ratio" if scores.is_scaled[n] and option != LATTICE else "exact",
         )
         for n, option in enumerate(scores.options)
     ]

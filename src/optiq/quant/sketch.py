@@ -40,6 +40,8 @@ from optiq.quant.ratios import (
     at_columns,
     rounding_errors,
     sampled_columns,
+    sampled_rows,
+    squared_lookups,
     squared_sums,
 )
 
@@ -49,21 +51,23 @@ _VOCAB_SLICE = 4096
 
 
 @dataclasses.dataclass
-class Scores:
-    """What the sketch knows of one module.
+class UseScores:
+    """What the sketch knows of one way in which a module is used.
 
     Attributes:
-        options: affine options, then the lattice where there is one.
         s: (num_sequences, num_options) float32, <dL/dW, W - Q(W)> for min/max rounding.
         sums: (2, num_options) float32, s^2 on sampled rows by min/max rounding and by the final
             one, summed over sequences and rows; zero where nothing was sampled.
-        lattice: the grid found in the weights, if any.
     """
 
-    options: tuple[QuantOption, ...]
     s: FloatArray
     sums: FloatArray
-    lattice: Lattice | None
+
+    @classmethod
+    def empty(cls, num_sequences: int, num_options: int) -> UseScores:
+        """Zeros."""
+        s = np.zeros((num_sequences, num_options), np.float32)
+        return cls(s, np.zeros((2, num_options), np.float32))
 
     @property
     def ratios(self) -> FloatArray:
@@ -71,6 +75,42 @@ class Scores:
         before, after = self.sums
         ratios: FloatArray = np.divide(after, before, out=np.ones_like(after), where=before > 0)
         return ratios
+
+
+@dataclasses.dataclass
+class Scores:
+    """What the sketch knows of one module.
+
+    Attributes:
+        options: affine options, then the lattice where there is one.
+        lattice: the grid found in the weights, if any.
+        products: of the module as a matrix that inputs are multiplied by.
+        lookups: of the module as a table of rows. A tied embedding is both, and error feedback,
+            which goes by the inputs of the products, does little for them.
+    """
+
+    options: tuple[QuantOption, ...]
+    lattice: Lattice | None
+    products: UseScores
+    lookups: UseScores
+
+    @property
+    def s(self) -> FloatArray:
+        """(num_sequences, num_options) float32, of min/max rounding."""
+        return self.products.s + self.lookups.s
+
+    @property
+    def scaled(self) -> FloatArray:
+        """(num_sequences, num_options) float32, of the final rounding."""
+        products, lookups = (use.s * np.sqrt(use.ratios) for use in (self.products, self.lookups))
+        scaled: FloatArray = products + lookups
+        return scaled
+
+    @property
+    def is_scaled(self) -> npt.NDArray[np.bool_]:
+        """(num_options,), whether the final rounding differs from min/max rounding."""
+        scaled: npt.NDArray[np.bool_] = (self.products.ratios != 1) | (self.lookups.ratios != 1)
+        return scaled
 
 
 def options_of(info: ModuleInfo, lattice: Lattice | None) -> tuple[QuantOption, ...]:
@@ -138,16 +178,19 @@ def _gradients(uses: Sequence[_Use], rows: slice) -> mx.array:
 
 
 def _add_sums(
-    score: Scores, uses: Sequence[_Use], sampled: Sampled | None, first_row: int = 0
+    score: UseScores, uses: Sequence[_Use], sampled: Sampled | None, first_row: int = 0
 ) -> None:
     """Add s^2 on the sampled rows, of outputs that begin at `first_row`."""
     if sampled is None:
         return
     for use in uses:
-        for total, part in zip(
-            score.sums, squared_sums(sampled, use.g, use.x, first_row), strict=True
-        ):
-            total[: len(part)] += part
+        _add(score.sums, squared_sums(sampled, use.g, use.x, first_row))
+
+
+def _add(sums: FloatArray, parts: tuple[FloatArray, FloatArray]) -> None:
+    """Add sums over the affine options, which come first."""
+    for total, part in zip(sums, parts, strict=True):
+        total[: len(part)] += part
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,8 +271,8 @@ class Sketch:
         """Everything the backward pass needs to go on below `name`, in one file."""
         arrays = {f"cot.{k.kind}.{k.index}.{k.leaf}": v for k, v in cotangents.items()}
         for path, score in self.scores.items():
-            arrays[f"s.{path}"] = mx.array(score.s)
-            arrays[f"sums.{path}"] = mx.array(score.sums)
+            arrays[f"s.{path}"] = mx.array(score.products.s)
+            arrays[f"sums.{path}"] = mx.array(score.products.sums)
         save_arrays(self._state_file, arrays, name)
 
     def _load_state(self) -> tuple[str, dict[str, mx.array]]:
@@ -281,7 +324,7 @@ class Sketch:
                 cotangents[Link(origin, int(index), int(leaf))] = value
             else:
                 score = self._empty(self.infos[rest], self._weight(rest))
-                getattr(score, kind)[:] = np.array(value)
+                getattr(score.products, kind)[:] = np.array(value)
         mx.eval(list(cotangents.values()))
 
     def _weight(self, path: str) -> mx.array:
@@ -293,9 +336,8 @@ class Sketch:
         if info.path not in self.scores:
             lattice = find_lattice(weight, self.source.dtype)
             options = options_of(info, lattice)
-            s = np.zeros((self.num_sequences, len(options)), np.float32)
-            sums = np.zeros((2, len(options)), np.float32)
-            self.scores[info.path] = Scores(options, s, sums, lattice)
+            products, lookups = (UseScores.empty(self.num_sequences, len(options)) for _ in "pl")
+            self.scores[info.path] = Scores(options, lattice, products, lookups)
         return self.scores[info.path]
 
     def _forward(self) -> None:
@@ -336,7 +378,10 @@ class Sketch:
         center = [b / mx.sqrt(a) for a, b in zip(power, mixed, strict=True)]
         mx.eval(logsum, center)
         pulled = [mx.zeros_like(o) for o in outputs]
-        sampled = self._sampled().get(head.info.path)
+        inputs = self._inputs()
+        if head.info.tied:
+            save_arrays(self._head_inputs, {"gram": inputs[0][1]})
+        sampled = self._sampled(inputs).get(head.info.path)
         for count, start in enumerate(starts):
             uses: list[_Use] = []
             with head.slice(start, start + _VOCAB_SLICE), tapped(model, "", [head.info]) as taps:
@@ -411,23 +456,45 @@ class Sketch:
         part = weight[start:stop].astype(mx.float32)
         lattice = score.lattice and _part(score.lattice, slice(start, stop))
         scored = _Scored(score.options, self.source.dtype)
-        _accumulate(score.s, part, uses, lattice, scored)
-        _add_sums(score, uses, sampled, start)
+        _accumulate(score.products.s, part, uses, lattice, scored)
+        _add_sums(score.products, uses, sampled, start)
 
-    def _sampled(self) -> dict[str, Sampled]:
-        """Rounding errors of the matrices whose inputs were collected, which are then forgotten."""
+    def _inputs(self) -> list[tuple[list[str], mx.array]]:
+        """(paths, Gram matrix) of the inputs that were collected, which are then forgotten."""
         if self._group is not None:
             self._grams.gather(self._group)
+        inputs = list(self._grams.groups())
+        self._grams.clear()
+        return inputs
+
+    def _sampled(self, inputs: list[tuple[list[str], mx.array]]) -> dict[str, Sampled]:
+        """Rounding errors of the matrices that have these inputs."""
         weights = self.source.weights()
         found: dict[str, Sampled] = {}
-        for paths, matrix in self._grams.groups():
+        for paths, matrix in inputs:
             infos = [self.infos[path] for path in paths]
             own = [weights[f"{path}.weight"] for path in paths]
             found |= rounding_errors(
                 infos, own, matrix, self.config.rounding, self.source.info.dtype
             )
-        self._grams.clear()
         return found
+
+    @property
+    def _head_inputs(self) -> Path:
+        """File of the Gram matrix of the head's inputs, which the lookups ask for at the end."""
+        return self.work / "head_inputs.safetensors"
+
+    def _looked_up(self, info: ModuleInfo) -> Sampled | None:
+        """Rounding errors of rows that the tokens use, by how often they do."""
+        tokens = np.sort(np.array(self.stream.tokens), axis=None)
+        rows = np.unique(tokens[sampled_rows(tokens.size)]).astype(np.int64)
+        columns = sampled_columns(info.in_dims)
+        matrix = mx.eye(info.in_dims if columns is None else columns.size)
+        if info.tied:
+            matrix = load_arrays(self._head_inputs)["gram"]
+        weight, dtype = self._weight(info.path), self.source.info.dtype
+        found = rounding_errors([info], [weight], matrix, self.config.rounding, dtype, rows)
+        return found.get(info.path)
 
     def _block(self, index: int, cotangents: dict[Link, mx.array]) -> None:
         """Pass B on one block."""
@@ -438,7 +505,7 @@ class Sketch:
             kept.add(rows.start, calls)
 
         self.stream.backward(index, cotangents, visit)
-        sampled = self._sampled()
+        sampled = self._sampled(self._inputs())
         weights = self.source.weights()
         for path in kept.paths:
             weight = weights.pop(f"{path}.weight")
@@ -460,8 +527,8 @@ class Sketch:
                 lattice = score.lattice and _part(score.lattice, expert)
                 if picked:
                     part = weight[expert].astype(mx.float32)
-                    _accumulate(score.s, part, picked, lattice, scored)
-                    _add_sums(score, picked, sampled, expert * info.shape[1])
+                    _accumulate(score.products.s, part, picked, lattice, scored)
+                    _add_sums(score.products, picked, sampled, expert * info.shape[1])
             return
         uses = []
         for first, call in calls:
@@ -474,8 +541,8 @@ class Sketch:
                     call.g.reshape(count, -1, call.g.shape[-1]),
                 )
             )
-        _accumulate(score.s, weight.astype(mx.float32), uses, score.lattice, scored)
-        _add_sums(score, uses, sampled)
+        _accumulate(score.products.s, weight.astype(mx.float32), uses, score.lattice, scored)
+        _add_sums(score.products, uses, sampled)
 
     def _prologue(self, cotangents: dict[Link, mx.array]) -> None:
         """Pass P: lookups and whatever else is computed before the blocks."""
@@ -483,6 +550,7 @@ class Sketch:
         model = self.stream.load_ends()
         inside = f"{self.stream.prefix}."
         infos = [i for i in self.source.modules if not i.path.startswith(inside)]
+        errors: dict[str, Sampled | None] = {}
         with tapped(model, "", infos) as taps:
             for rows in self.stream.batches():
                 anchor = mx.array(0.0)
@@ -494,13 +562,15 @@ class Sketch:
 
                 mx.vjp(run, [anchor], [cotangents[link][rows] for link in links])
                 for call in taps.calls:
+                    if call.lookup and call.path not in errors:
+                        errors[call.path] = self._looked_up(self.infos[call.path])
                     if call.g is not None:
-                        self._score_prologue(rows, call)
+                        self._score_prologue(rows, call, errors.get(call.path))
         self.stream.drop_ends()
         for info in infos:
             self._empty(info, self._weight(info.path))
 
-    def _score_prologue(self, rows: slice, call: Call) -> None:
+    def _score_prologue(self, rows: slice, call: Call, sampled: Sampled | None) -> None:
         info = self.infos[call.path]
         weight = self._weight(call.path)
         score = self._empty(info, weight)
@@ -515,7 +585,9 @@ class Sketch:
             lattice = score.lattice and _part(score.lattice, picked)
             d = deltas(weight[picked].astype(mx.float32), score.options, lattice, self.source.dtype)
             gradient = mx.zeros((len(used), g.shape[-1])).at[mx.array(position)].add(g[n])
-            score.s[rows.start + n] += np.array(d @ gradient.reshape(-1))
+            score.lookups.s[rows.start + n] += np.array(d @ gradient.reshape(-1))
+            if sampled is not None:
+                _add(score.lookups.sums, squared_lookups(sampled, gradient, used))
 
 
 def _at_sampled_columns(calls: Sequence[Call]) -> list[Call]:

@@ -10,7 +10,13 @@ from optiq.numerics.gram import damped
 from optiq.quant.grams import GramStore
 from optiq.quant.quantizers import device, gptq, rtn, search
 from optiq.quant.quantizers.base import Inputs
-from optiq.quant.ratios import SAMPLE_ROWS, host_errors, rounding_errors, squared_sums
+from optiq.quant.ratios import (
+    SAMPLE_ROWS,
+    host_errors,
+    rounding_errors,
+    squared_lookups,
+    squared_sums,
+)
 
 
 def inputs(seed, shape=(2, 5, 64)):
@@ -191,6 +197,25 @@ def test_sums_of_slices_add_up():
     outside = squared_sums(sampled, g[..., :5], x, 1000)
     np.testing.assert_allclose(np.sum(parts, axis=0), whole, rtol=1e-4)
     np.testing.assert_array_equal(outside, 0)
+
+
+def test_sums_of_lookups_are_those_of_the_rows_that_are_sampled_and_used():
+    (info,), (value,) = modules(300)
+    rows = np.array([3, 40, 41, 299])
+    (sampled,) = rounding_errors([info], [value], mild(), "gptq", "bfloat16", rows).values()
+    np.testing.assert_array_equal(sampled.rows, rows)
+    used = np.array([0, 3, 41, 200, 299])
+    gradient = np.random.default_rng(5).standard_normal((len(used), 128)).astype(np.float32)
+    both = [1, 2, 4], [0, 2, 3]  # where the common rows are in each
+    for found, errors in zip(
+        squared_lookups(sampled, mx.array(gradient), used),
+        (sampled.before, sampled.after),
+        strict=True,
+    ):
+        s = np.einsum("nc,noc->no", gradient[both[0]], np.array(errors, np.float64)[both[1]])
+        np.testing.assert_allclose(found, (s**2).sum(axis=0), rtol=1e-4)
+    for none in squared_lookups(sampled, mx.array(gradient[:2]), np.array([1, 7])):
+        np.testing.assert_array_equal(none, 0)
 
 
 def test_a_sample_stands_for_the_matrix():
