@@ -288,7 +288,7 @@ def test_a_fixed_number_of_drafts_goes_on_behind_a_stop_token(num_drafts, drafte
     asked = request([3, 4], 9, stop=frozenset(plain[:1]), num_drafts=num_drafts)
     machine = Loop(target, drafter=Forced({(3, 4): plain}, 1.0, VOCAB))
     for seconds in (1.0, 1.0):  # a plain step need not be timed first
-        machine._times.add(0, seconds)
+        machine._experience.times.add(0, seconds)
     sequence = machine.add(asked, Silent())
     while not machine.idle:
         machine.step()
