@@ -3,7 +3,8 @@
 usage: python bench/soak.py MODEL [--minutes 30] [--clients 64] [--max-queue 32] [-o OUT]
 
 Starts `optiq serve` on MODEL. Clients in eight processes stream and do not stream, break off, send
-what is wrong, read slowly, and are stopped for seconds (SIGSTOP). Afterwards the server must be
+what is wrong, read slowly, and are stopped for seconds (SIGSTOP). The server keeps 4 MB of prompts,
+which are full before the first third is over. Afterwards the server must be
 idle, its counters must add up to what the clients sent, and its memory must not have grown since
 the first third. Exit status 1 if one of that is not so.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import collections
+import contextlib
 import json
 import os
 import random
@@ -26,6 +28,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+from scipy import stats
 
 OPTIQ = str(Path(sys.executable).parent / "optiq")
 PROCESSES = 8
@@ -146,14 +149,14 @@ def family(pid: int) -> list[int]:
     return found
 
 
-def resident_mb(pid: int) -> float:
-    pages = 0
+def resident_mb(pid: int) -> tuple[float, float]:
+    """MB of a process, and of those it started."""
+    pages = [0, 0]
     for each in family(pid):
-        try:
-            pages += int(Path(f"/proc/{each}/statm").read_text().split()[1])
-        except OSError:
-            continue
-    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+        with contextlib.suppress(OSError):
+            pages[each != pid] += int(Path(f"/proc/{each}/statm").read_text().split()[1])
+    front, engine = (count * os.sysconf("SC_PAGE_SIZE") / 1e6 for count in pages)
+    return front, engine
 
 
 def metrics(url: str) -> dict[str, float]:
@@ -171,7 +174,7 @@ def total(values: dict[str, float], name: str) -> float:
 
 
 def start_server(args: argparse.Namespace) -> tuple[subprocess.Popen[str], str]:
-    options = ["--port", "0", "--max-queue", str(args.max_queue), "--cache-limit", "64MB"]
+    options = ["--port", "0", "--max-queue", str(args.max_queue), "--cache-limit", "4MB"]
     command = [OPTIQ, "serve", "--model", args.model, *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout
@@ -193,7 +196,7 @@ def start_server(args: argparse.Namespace) -> tuple[subprocess.Popen[str], str]:
 
 
 def run_clients(args: argparse.Namespace, url: str, server: int) -> tuple[Any, Any]:
-    """Tallies of the clients, and samples of the server's memory: (seconds, MB)."""
+    """Tallies of the clients, and the server's memory: (seconds, MB in front, MB of engines)."""
     seconds = 60 * args.minutes
     count = str(args.clients // PROCESSES)
     processes = [
@@ -208,7 +211,7 @@ def run_clients(args: argparse.Namespace, url: str, server: int) -> tuple[Any, A
     chance, memory = random.Random(args.seed), []
     start = time.monotonic()
     while (now := time.monotonic() - start) < seconds:
-        memory.append((now, resident_mb(server)))
+        memory.append((now, *resident_mb(server)))
         victim = chance.choice(processes)
         if chance.random() < 0.2 and now < seconds - 30:
             victim.send_signal(signal.SIGSTOP)
@@ -250,8 +253,10 @@ def main() -> None:
     ready = httpx.get(f"{url}/ready", timeout=10).status_code
     process.send_signal(signal.SIGTERM)
     code = process.wait(120)
-    late = memory[len(memory) // 3 :]
-    slope = float(np.polyfit(late[:, 0], late[:, 1], 1)[0]) * 3600
+    seconds, parts, whole = memory[:, 0], memory[:, 1:], memory[:, 1:].sum(axis=1)
+    late = slice(len(memory) // 3, None)
+    slope = float(stats.theilslopes(whole[late], seconds[late])[0]) * 3600
+    minutely = np.unique(np.searchsorted(seconds, np.arange(0, seconds[-1], 60)))
     sent = sum(tally.values())
     counted = total(after, "optiq:requests_total") - total(before, "optiq:requests_total")
     posts = {k: v - before.get(k, 0) for k, v in after.items() if 'method="POST"' in k}
@@ -264,10 +269,12 @@ def main() -> None:
         "counted_all": counted,
         "tally": dict(sorted(tally.items())),
         "memory_mb": {
-            "first": round(float(memory[0, 1]), 1),
-            "after_a_third": round(float(late[0, 1]), 1),
-            "last": round(float(late[-1, 1]), 1),
+            "first": round(float(whole[0]), 1),
+            "after_a_third": round(float(whole[late][0]), 1),
+            "last": round(float(whole[-1]), 1),
             "slope_an_hour": round(slope, 1),
+            "front_by_minute": parts[minutely, 0].round(1).tolist(),
+            "engines_by_minute": parts[minutely, 1].round(1).tolist(),
         },
         "left_running": total(after, "optiq:num_requests_running"),
         "left_waiting": total(after, "optiq:num_requests_waiting"),

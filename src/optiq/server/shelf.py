@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from optiq.artifacts import BitPlan
-from optiq.backend import is_cpu, memory_bytes, memory_left, mx
+from optiq.backend import is_cpu, memory_bytes, memory_left, mx, release_memory
 from optiq.configs import parse_size
 from optiq.data import chat
 from optiq.engine.drafters import drafter_kind
@@ -229,7 +229,7 @@ class Shelf:
         self.num_changes += 1
         del loaded.engine  # whoever else has the record must not keep the weights
         gc.collect()
-        mx.clear_cache()
+        release_memory()
 
     def unload_idle(self) -> bool:
         """Unload what nobody has used for a while; whether there was something."""
