@@ -136,7 +136,7 @@ def _sketched(
         work / f"rank_{group.rank()}" if group.size() > 1 else work,
         config,
         emit,
-        Share(first, group),
+        Share(first, group, tokens),
     )
     scores = sketch.run()
     if group.size() > 1:

@@ -212,10 +212,12 @@ class Share(NamedTuple):
     Attributes:
         first: number of its first sequence.
         group: the processes of the run.
+        tokens: (M, T) int32, the windows of all of them.
     """
 
     first: int
     group: mx.distributed.Group
+    tokens: npt.NDArray[np.int32]
 
 
 class Sketch:
@@ -250,6 +252,7 @@ class Sketch:
         overrides = self._uniform4 if config.reference == "uniform4" else None
         self.stream = StreamedModel(source, mx.array(tokens), work / "activations", overrides)
         self.num_sequences, self.window = tokens.shape
+        self._all_tokens = share.tokens if share else tokens
         self.scores: dict[str, Scores] = {}
         self._grams = GramStore()
 
@@ -485,8 +488,8 @@ class Sketch:
         return self.work / "head_inputs.safetensors"
 
     def _looked_up(self, info: ModuleInfo) -> Sampled | None:
-        """Rounding errors of rows that the tokens use, by how often they do."""
-        tokens = np.sort(np.array(self.stream.tokens), axis=None)
+        """Rounding errors of rows that the tokens of the run use, by how often they do."""
+        tokens = np.sort(self._all_tokens, axis=None)
         rows = np.unique(tokens[sampled_rows(tokens.size)]).astype(np.int64)
         columns = sampled_columns(info.in_dims)
         matrix = mx.eye(info.in_dims if columns is None else columns.size)
