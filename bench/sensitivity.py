@@ -6,8 +6,8 @@ usage: python bench/sensitivity.py SOURCE [--windows 16] [--draws 4] [--modules 
 Takes random modules and, for each, one option of every width; prints and writes, for every width,
 Spearman's rank correlation, the correlation of logarithms and the ratio of sums, and the cost of
 the sketch for the full menu over that of brute force, extrapolated from the mean of its pairs. With
-several jobs that mean is of the first pairs, scored while nothing else ran; the other pairs are
-shared out to processes.
+several jobs that mean is of a few pairs, spread over the model and scored while nothing else ran;
+the other pairs are shared out to processes.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def brute_force(
     # every so many, so that the pairs timed are of all depths
     alone = [round(n * len(pairs) / first) for n in range(first)]
     others = sorted(set(range(len(pairs))) - set(alone))
-    true = dict.fromkeys(range(len(pairs)), 0.0)
+    true: dict[int, float] = {}
     with exact_scores(source, tokens) as exact:
         start = time.perf_counter()
         for n in track(alone, emit, "exact", len(alone), "pairs"):

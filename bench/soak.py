@@ -3,10 +3,10 @@
 usage: python bench/soak.py MODEL [--minutes 30] [--clients 64] [--max-queue 32] [-o OUT]
 
 Starts `optiq serve` on MODEL. Clients in eight processes stream and do not stream, break off, send
-what is wrong, read slowly, and are stopped for seconds (SIGSTOP). The server keeps 4 MB of prompts,
-which are full before the first third is over. Afterwards the server must be
-idle, its counters must add up to what the clients sent, and its memory must not have grown since
-the first third. Exit status 1 if one of that is not so.
+what is wrong, read slowly, and are stopped for seconds (SIGSTOP). The server keeps 4 MB of prompts
+at most, so that their growth is over early. Afterwards it must be idle, its counters must add up to
+what the clients sent, and its memory must not have grown since the first third. Exit status 1 if
+one of that is not so.
 """
 
 from __future__ import annotations
