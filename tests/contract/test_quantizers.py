@@ -267,7 +267,7 @@ def test_error_feedback_pays_on_correlated_inputs(gram, bits):
 
 
 @given(seed=st.integers(0, 2**32 - 1), chosen=st.sampled_from(menu(128)), scale=st.integers(-3, 3))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_random_inputs(seed, chosen, scale):
     """Random Gram matrices of any rank and size of the weights."""
     rng = np.random.default_rng(seed)

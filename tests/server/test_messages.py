@@ -139,7 +139,7 @@ def test_events_come_in_anthropics_order():
     assert answer.headers["content-type"].startswith("text/event-stream")
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(answers())
 def test_a_stream_adds_up_to_the_whole_message(script):
     whole = asked(body(), FakeService(script))[1].json()

@@ -69,7 +69,7 @@ def test_a_chat_has_thinking_text_and_calls():
     assert abs(rest) < 10  # rounding
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(answers())
 def test_a_stream_adds_up_to_the_whole_chat(script):
     whole = asked("/api/chat", FakeService(script), stream=False)[1].json()["message"]

@@ -147,7 +147,7 @@ def test_events_come_in_openais_order():
     ]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(answers())
 def test_a_stream_ends_with_the_whole_response(script):
     whole = asked(body(include=[LOGPROBS]), FakeService(script))[1].json()

@@ -26,6 +26,7 @@ from optiq.engine.prompts import Prompt, Prompts
 from optiq.engine.reading import drained, embedded, scored, states_of
 from optiq.engine.requests import Request
 from optiq.engine.sampling import MAX_TOP_LOGPROBS, Sampling
+from optiq.engine.text import keep_few_words
 from optiq.errors import ContextExceeded, UsageError
 from optiq.events import Emit, no_emit
 from optiq.models.generation import read_generation
@@ -68,6 +69,7 @@ class Engine:
         self.tokenizer: TokenizerWrapper = load_tokenizer(
             self._options.tokenizer or folder, opened.config
         )
+        keep_few_words(self.tokenizer)
         self.context = context_length(opened.config)
         self.prompts = Prompts(folder, opened.config, self.tokenizer)
         self._defaults = read_generation(folder)

@@ -93,6 +93,22 @@ class _Rounds:
         return _Rounds(self.rounds + 1, self.tokens + tokens, self.seconds + seconds)
 
 
+class _Pauses:
+    """Plain steps to wait after each failure in a row, twice as many as before.
+
+    Args:
+        first: after the first failure.
+    """
+
+    def __init__(self, first: int = _FIRST_PAUSE) -> None:
+        self._next = first
+
+    def next(self) -> int:
+        pause = self._next
+        self._next = min(2 * pause, _LONGEST_PAUSE)
+        return pause
+
+
 class Experience:
     """What the sequences of a model know together of its drafter.
 
@@ -103,7 +119,7 @@ class Experience:
     def __init__(self) -> None:
         self.times = StepTimes()
         self._wait = 0
-        self._next_wait = _FIRST_PAUSE
+        self._pauses = _Pauses()
 
     @property
     def may_look(self) -> bool:
@@ -116,13 +132,12 @@ class Experience:
 
     def failed(self) -> int:
         """Drafts did not pay for a sequence that began; returns the plain steps to wait now."""
-        self._wait = self._next_wait
-        self._next_wait = min(2 * self._next_wait, _LONGEST_PAUSE)
+        self._wait = self._pauses.next()
         return self._wait
 
     def paid(self) -> None:
         """Drafts pay for a sequence, so others try them when they begin."""
-        self._wait, self._next_wait = 0, _FIRST_PAUSE
+        self._wait, self._pauses = 0, _Pauses()
 
 
 class Pace:
@@ -142,7 +157,7 @@ class Pace:
         self._right = [0.0] * MAX_DRAFTS
         self._steps_since_plain = 0
         self._pause = 0
-        self._next_pause = _FIRST_PAUSE
+        self._pauses = _Pauses()
         self._seconds = 0.0
         self.rounds = self.plain_steps = self.drafted = self.accepted = self.tokens = 0
 
@@ -164,14 +179,13 @@ class Pace:
         best = self._best()
         if best == 0:
             if not self._looked:
-                self._next_pause = self._experience.failed()
+                self._pauses = _Pauses(self._experience.failed())
             self._looked = True
-            self._pause = self._next_pause
-            self._next_pause = min(2 * self._next_pause, _LONGEST_PAUSE)
+            self._pause = self._pauses.next()
         elif self._proven:
             self._experience.paid()
             self._looked = True
-            self._next_pause = _FIRST_PAUSE
+            self._pauses = _Pauses()
         return best
 
     def record(self, count: int, accepted: int, tokens: int, seconds: float) -> None:

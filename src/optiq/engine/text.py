@@ -20,6 +20,7 @@ _REPLACEMENT = "\ufffd"
 _LONGEST_CHARACTER = 4
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _UNDERSCORE = "\u2581"  # SentencePiece's space
+_KEPT_WORDS = 1000
 
 
 def backend_of(tokenizer: TokenizerWrapper) -> Tokenizer:
@@ -34,6 +35,18 @@ def backend_of(tokenizer: TokenizerWrapper) -> Tokenizer:
             "the model's tokenizer is no tokenizer.json; convert it with transformers first"
         )
     return backend
+
+
+def keep_few_words(tokenizer: TokenizerWrapper) -> None:
+    """Bound what the tokenizers library remembers of the texts it reads: the ids of 1,000 words.
+
+    It would keep 10,000, and where a vocabulary does not divide texts at spaces a word is all of a
+    short text: every message of a chat was kept, up to about 50 MB. Texts of many words are read up
+    to a tenth slower.
+    """
+    resize = getattr(backend_of(tokenizer).model, "_resize_cache", None)
+    if resize is not None:  # models that look words up keep nothing
+        resize(_KEPT_WORDS)
 
 
 def ids_of(tokenizer: TokenizerWrapper, *tokens: str) -> tuple[int, ...] | None:

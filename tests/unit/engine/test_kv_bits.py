@@ -86,7 +86,7 @@ class Model:
 
 
 @pytest.mark.parametrize("bits", KV_BITS)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     parts=st.lists(st.tuples(st.integers(1, 90), st.integers(0, 9)), min_size=1, max_size=5),
     others=st.lists(st.integers(1, 40), max_size=3),

@@ -44,7 +44,7 @@ def _leaves(target):
 
 
 @pytest.mark.parametrize("kind", ALL)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(edit=edits())
 def test_parts_and_rejected_drafts_leave_no_trace(kind, edit):
     """Read in parts, with wrong tokens behind each that are taken back."""

@@ -133,7 +133,7 @@ ODD = [
 ]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     text=st.lists(st.sampled_from(ODD), min_size=1, max_size=3).map("".join),
     sizes=st.lists(st.integers(1, 9), min_size=1, max_size=4),
@@ -147,7 +147,7 @@ def test_events_do_not_depend_on_how_many_tokens_come(gemma, gemma_format, text,
     check_story(together)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.integers(0, 511), max_size=60), st.integers(1, 5))
 def test_any_tokens_can_be_read(gemma_format, ids, size):
     events = read(gemma_format, ids, (size,))

@@ -148,7 +148,7 @@ SETTINGS = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(SETTINGS, st.integers(0, 10**6))
 def test_settings_together_follow_the_formula(case, seed):
     x = logits(1, seed=seed)

@@ -1,11 +1,14 @@
 """Tokens -> text in pieces."""
 
+import sys
+from pathlib import Path
+
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
-from optiq.engine.text import Pieces, StopStrings, backend_of, ids_of
+from optiq.engine.text import Pieces, StopStrings, backend_of, ids_of, keep_few_words
 from optiq.errors import UnsupportedModel
 from tests.tiny import SPECIALS
 
@@ -32,7 +35,7 @@ def check_round_trip(tokenizer, text):
         assert text.startswith(whole)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(TEXTS)
 @example(" leading  spaces\n")
 @example("👩‍👩‍👧‍👦 e\u0301 \u2581 <0x41>")
@@ -41,7 +44,7 @@ def test_bytes_of_sentencepiece(gemma, text):
         check_round_trip(gemma, text)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(TEXTS)
 @example(" leading  spaces\n")
 @example("👩‍👩‍👧‍👦 e\u0301 \u2581 <0x41>")
@@ -113,6 +116,7 @@ def test_other_decoders_decode_a_window():
     vocabulary = {"[UNK]": 0, "play": 1, "##ing": 2, "ball": 3}
     backend = Tokenizer(models.WordPiece(vocab=vocabulary, unk_token="[UNK]"))
     backend.decoder = decoders.WordPiece()
+    keep_few_words(Wrapped(backend))  # it keeps none
     pieces = Pieces(Wrapped(backend))
     assert not pieces.are_bytes
     assert streamed(pieces, [1, 2, 3]) == ["play", "ing", " ball", ""]
@@ -125,7 +129,7 @@ def test_tokenizers_of_other_kinds_are_refused():
         Pieces(Wrapped(None))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.lists(st.text("ab", max_size=4), max_size=8),
     st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3),
@@ -148,3 +152,16 @@ def test_stop_strings_end_the_text_where_the_first_is_complete(parts, stops):
             at = len(text) - len(want)
             break
     assert (shown, found) == (text[:at], want)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_what_is_read_is_not_kept(gemma):
+    def pages():
+        return int(Path("/proc/self/statm").read_text().split()[1])
+
+    keep_few_words(gemma)
+    backend = backend_of(gemma)
+    before = pages()
+    for number in range(12_000):
+        backend.encode(f"{number} apples " * 10)
+    assert pages() - before < 4000, "16 MB; with all of them kept it is 40"

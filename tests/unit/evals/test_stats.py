@@ -55,7 +55,7 @@ def test_flips_of_binary_scores_are_mcnemar(gained, lost, same):
     assert sign_flip_p(differences, 10, rng()) == pytest.approx(mcnemar(gained, lost).p_exact)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.lists(st.sampled_from([-1, -0.75, -0.5, 0, 0.25, 0.5, 1]), min_size=2, max_size=11))
 def test_flips_of_fractions_equal_scipy(differences):
     values = np.array(differences, dtype=float)

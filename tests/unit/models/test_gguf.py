@@ -458,7 +458,7 @@ def test_a_file_cut_short_is_refused(where, sound, tmp_path):
 METADATA_BYTES = 6500
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(end=st.integers(0, METADATA_BYTES) | st.integers(0, 900_000))
 def test_wherever_a_file_is_cut_it_is_refused(sound, end):
     with tempfile.TemporaryDirectory() as folder:
@@ -467,7 +467,7 @@ def test_wherever_a_file_is_cut_it_is_refused(sound, end):
         refusal(path, Path(folder))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(at=st.integers(0, METADATA_BYTES), value=st.integers(0, 255))
 def test_damaged_metadata_give_a_directory_or_one_sentence(sound, at, value):
     damaged = bytearray(sound.data)

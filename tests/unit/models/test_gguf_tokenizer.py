@@ -103,21 +103,21 @@ def vocabulary_of(tokenizer: Tokenizer) -> dict[str, int]:
     return tokenizer.get_vocab(with_added_tokens=False)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(text=TEXTS)
 def test_text_comes_back(gpt2, text):
     ids = gpt2.encode(text).ids
     assert gpt2.decode(ids, skip_special_tokens=False) == text
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(text=TEXTS)
 def test_gpt2_cuts_text_as_transformers_does(gpt2, text):
     own = GPT2Tokenizer(vocabulary_of(gpt2), PAIRS)
     assert gpt2.encode(text).ids == own.encode(text)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(text=TEXTS)
 def test_qwen2_cuts_text_as_transformers_does(qwen2, text):
     own = Qwen2Tokenizer(vocabulary_of(qwen2), PAIRS)
@@ -261,7 +261,7 @@ SPM_TEXTS = (st.text("helowrd ", max_size=30) | st.text(max_size=20)).filter(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(text=SPM_TEXTS)
 def test_sentencepiece_is_tokenized_as_transformers_does(spm, text):
     pairs = [tuple(merge.split()) for merge in SPM_MERGES]

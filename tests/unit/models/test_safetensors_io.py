@@ -144,7 +144,7 @@ def test_a_header_longer_than_the_format_allows_is_not_read(tmp_path):
     position=st.integers(0, 10**6),
     value=st.integers(0, 255),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_a_changed_byte_is_refused_or_harmless(position, value):
     """Whatever byte of the header is wrong: a UsageError, or headers within the file."""
     with tempfile.TemporaryDirectory() as name:
@@ -442,7 +442,7 @@ def test_equal_tensors_give_equal_bytes(tmp_path):
     sizes=st.lists(st.integers(0, 40), min_size=1, max_size=12),
     shard_bytes=st.integers(1, 60),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_any_sizes_survive(sizes, shard_bytes):
     random = np.random.default_rng(0)
     arrays = {f"t{n}": random.integers(0, 256, s).astype(np.uint8) for n, s in enumerate(sizes)}

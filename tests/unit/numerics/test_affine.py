@@ -56,7 +56,7 @@ def same(a, b):
 
 
 @given(bits=st.sampled_from(BITS), rows=st.integers(1, 3), words=st.integers(1, 4), data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_unpack_inverts_pack(bits, rows, words, data):
     size = rows * words * 32
     values = data.draw(st.lists(st.integers(0, 2**bits - 1), min_size=size, max_size=size))
@@ -176,7 +176,7 @@ def test_grids_hold_values_of_the_stored_dtype(dtype):
     low=st.floats(-100, 100, width=32),
     width=st.floats(2**-6, 100, width=32),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_an_anchored_grid_holds_the_larger_edge_and_zero(bits, low, width):
     high = float(np.float32(low) + np.float32(width))
     grid = anchored_grid(mx.array([low]), mx.array([high]), bits, mx.float32)
@@ -200,7 +200,7 @@ def test_an_anchored_grid_holds_the_larger_edge_and_zero(bits, low, width):
     bias=st.floats(-10, 10, width=32),
     values=st.lists(st.floats(-50, 50, width=32), min_size=32, max_size=32),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_codes_are_nearest(bits, scale, bias, values):
     """No other code is nearer than by float rounding; with a zero scale the code is 0."""
     if abs(scale) < 1e-6:

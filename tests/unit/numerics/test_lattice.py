@@ -111,7 +111,7 @@ def test_every_rule_is_found_and_every_code_recovered(dtype, rule, scale_bits):
     exponent=st.integers(-6, 3),
     tail=st.booleans(),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_any_weights_on_a_grid_are_exact(rule, dtype, seed, exponent, tail):
     rng = np.random.default_rng(seed)
     w = rng.standard_t(3, (8, 64)) if tail else rng.standard_normal((8, 64))

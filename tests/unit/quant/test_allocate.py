@@ -22,7 +22,7 @@ from tests.unit.quant.tables import (
     random_table,
 )
 
-WIDE = settings(max_examples=60, deadline=None)
+WIDE = settings(max_examples=60)
 
 
 @st.composite

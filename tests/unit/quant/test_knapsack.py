@@ -32,7 +32,7 @@ def brute_force(values, costs, budget):
 
 
 @given(instances())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_equals_brute_force(instance):
     values, costs, budget = instance
     solution = solve(values, costs, budget)
@@ -42,7 +42,7 @@ def test_equals_brute_force(instance):
 
 
 @given(instances())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_bound_holds_when_lists_are_cut(instance):
     values, costs, budget = instance
     with pytest.MonkeyPatch.context() as patch:
@@ -68,7 +68,7 @@ def test_cut_lists_are_confessed():
 
 
 @given(instances())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_vertices_of_the_hull_are_optimal_for_their_cost(instance):
     values, costs, _ = instance
     path = hull_path(values, costs)

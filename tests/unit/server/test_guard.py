@@ -4,7 +4,7 @@ import asyncio
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
@@ -203,7 +203,6 @@ def depth_by_parsing(value):
 texts = st.text(alphabet='ab"\\[]{}:,\n\u00e9\U0001f600', max_size=8)
 
 
-@settings(deadline=None)
 @given(
     st.recursive(
         st.none() | st.integers() | texts,

@@ -129,7 +129,7 @@ def test_the_last_grammars_are_kept(compiler):
 
 
 @given(st.data())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_going_back_is_as_if_one_had_not_gone(compiler, data):
     schema = {"type": "array", "items": {"type": ["string", "integer", "null"]}}
     run = compiler.compile(Grammar("json_schema", schema)).start()
@@ -148,7 +148,7 @@ def test_going_back_is_as_if_one_had_not_gone(compiler, data):
 
 
 @given(st.integers(1, 300), st.randoms(use_true_random=False))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_bits_become_truth_values(size, rng):
     wanted = [rng.random() < 0.5 for _ in range(size)]
     words = -(-size // 32)

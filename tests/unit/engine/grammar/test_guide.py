@@ -222,7 +222,7 @@ ASKED = [
 
 
 @given(st.sampled_from(ASKED), st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_going_back_is_as_if_one_had_not_gone(planner, asked, data):
     guide = planner.guide(Demand(**asked), ())
     seen = [allowed(guide)]
