@@ -3,6 +3,7 @@
 import base64
 import struct
 
+import jsonschema
 import pytest
 
 from optiq.server.jobs import CountJob, DetokenizeJob, EmbedJob, GenerateJob
@@ -128,6 +129,7 @@ def test_tokens_of_a_conversation():
         ({}, "prompt"),
         ({"prompt": "a", "messages": [{"role": "user", "content": "a"}]}, "prompt"),
         ({"prompt": "a", "tools": []}, "tools"),
+        ({"prompt": "a", "add_generation_prompt": True}, "add_generation_prompt"),
         ({"prompt": "a", "add_special_tokens": False}, "add_special_tokens"),
         ({"prompt": 5}, "prompt"),
     ],
@@ -136,6 +138,12 @@ def test_faults_of_tokenize_name_the_parameter(body, param):
     response = client_of().post("/tokenize", json=body)
     assert response.status_code == 400
     assert response.json()["error"]["param"] == param
+    taken = app_of().openapi()["paths"]["/tokenize"]["post"]["requestBody"]
+    schema = taken["content"]["application/json"]["schema"]
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(body, schema)
+    jsonschema.validate({"prompt": "a", "messages": None}, schema)
+    jsonschema.validate({"messages": [{"role": "user", "content": "a"}]}, schema)
 
 
 def test_text_of_tokens():

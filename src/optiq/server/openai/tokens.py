@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from optiq.errors import RequestRejected
 from optiq.server.jobs import CountJob, DetokenizeJob, GenerateJob, ModelCard
@@ -19,8 +19,30 @@ from optiq.server.wire import Body, Engine, read
 router = APIRouter(tags=["tokens"])
 
 
+_FOR_MESSAGES = (
+    "tools",
+    "chat_template_kwargs",
+    "continue_final_message",
+    "add_generation_prompt",
+)
+_NONE: JsonValue = {"type": "null"}
+_EITHER: list[JsonValue] = [
+    {
+        "required": ["prompt"],
+        "properties": {
+            "prompt": {"type": "string"},
+            "messages": _NONE,
+            **dict.fromkeys(_FOR_MESSAGES, _NONE),
+        },
+    },
+    {"required": ["messages"], "properties": {"messages": {"type": "array"}, "prompt": _NONE}},
+]
+
+
 class TokenizeBody(Body):
     """A text or a conversation to put into tokens."""
+
+    model_config = ConfigDict(json_schema_extra={"oneOf": _EITHER})
 
     refused_values: ClassVar[dict[str, str]] = {
         "add_special_tokens=false": "the model never reads a text without them",
@@ -103,7 +125,7 @@ async def _prompt(request: Request, body: TokenizeBody, card: ModelCard) -> Gene
     if (body.prompt is None) == (body.messages is None):
         raise RequestRejected("prompt: give it or messages, and not both", param="prompt")
     if body.messages is None:
-        for name in ("tools", "chat_template_kwargs", "continue_final_message"):
+        for name in _FOR_MESSAGES:
             if getattr(body, name) is not None:
                 raise RequestRejected(f"{name}: only for messages; leave it out", param=name)
         return GenerateJob(card.name, body.prompt or "")
