@@ -117,7 +117,13 @@ CONFIRMED = {
     "best_of": 1,
     "add_special_tokens": True,
 }
-OF_MESSAGES = {"messages", "tools", "chat_template_kwargs", "continue_final_message"}
+OF_MESSAGES = {
+    "messages",
+    "tools",
+    "chat_template_kwargs",
+    "continue_final_message",
+    "add_generation_prompt",
+}
 ROWS = {
     kind: [(path, name) for path, table in tables().items() for name in getattr(table, kind)]
     for kind in ("honoured", "ignored", "refused")
